@@ -1,0 +1,33 @@
+"""The frame: one row a layer, the same columns everywhere.
+
+| column | meaning |
+| --- | --- |
+| network, kind, depth | label such as resnet-56; `residual`, `plain` or `other`; layers with weights |
+| layer | 1-based position of the 3x3 convolution in forward order |
+| name, norm | qualified module names of the convolution and of its BN |
+| stage | 1-based; a new one begins where the size of the maps changes (closed form: the number of channels) |
+| channels, height, width | shape of one image's response |
+| images, count | how many images; how many values: images * channels * height * width |
+| mean, std | of all values, std as a population's |
+| within, between | root of the channels' mean variance; std of the channels' means: std^2 = within^2 + between^2 |
+| source | `hooks` (measured on images) or `batchnorm` (closed form; height, width, images and count are empty) |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+INTEGERS = ("depth", "layer", "stage", "channels", "height", "width", "images", "count")
+COLUMNS = (
+    *("network", "kind", "depth", "layer", "name", "norm", "stage"),
+    *("channels", "height", "width", "images", "count"),
+    *("mean", "std", "within", "between", "source"),
+)
+
+
+def make_frame(rows: Sequence[dict[str, object]] | pd.DataFrame, **constants: object) -> pd.DataFrame:
+    """A frame of rows that hold some of the columns; `constants` are the same in every row, the rest is empty."""
+    frame = pd.DataFrame(rows).assign(**constants).reindex(columns=list(COLUMNS))
+    return frame.astype(dict.fromkeys(INTEGERS, "Int64"))

@@ -1,0 +1,132 @@
+"""What the BN statistics of a checkpoint tell about it: the preprocessing it was trained with, and the network it is.
+
+BN recorded the mean and variance of its input over augmented training images. Whoever repeats the training's
+preprocessing and forward pass finds them again; whoever does not is far off. Measured with 256 test images on two
+public checkpoints (resnet-20 and -56, https://github.com/akamaster/pytorch_resnet_cifar10):
+
+    preprocessing       right 0.05; the same with another padding 0.42 and more; any other preset 0.23 and more
+    network             right 0.01; option A with its zeros elsewhere 0.28 and 0.77; the plain network 2.1 and 4.2
+
+`python -m pytest tests/models/test_recognition.py` holds these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.preprocess import PADDINGS, Preprocessing, augment
+from models.resnet import CifarNet
+
+STEM_SAMPLE, SAMPLE = 1024, 256  # images for the first convolution alone and for a whole forward pass
+FITS = 0.15  # a misfit below this is a fit
+
+Candidate = TypeVar("Candidate")
+
+
+@dataclass(frozen=True)
+class Match(Generic[Candidate]):
+    """The candidate that fits best, its misfit (0 is perfect), and the others' misfits by label, best first."""
+
+    best: Candidate
+    misfit: float
+    others: list[tuple[str, float]]
+
+    @property
+    def fits(self) -> bool:
+        return self.misfit < FITS
+
+    def describe(self) -> str:
+        """`misfit 0.05 (next best: cifar10, black padding, 0.23)`."""
+        if not self.others:
+            return f"misfit {self.misfit:.2f}"
+        label, misfit = self.others[0]
+        return f"misfit {self.misfit:.2f} (next best: {label}, {misfit:.2f})"
+
+
+def best_of(candidates: list[tuple[Candidate, str, float]]) -> Match[Candidate]:
+    """The match among candidates, each with its label and misfit."""
+    (best, _, misfit), *others = sorted(candidates, key=lambda candidate: candidate[2])
+    return Match(best, misfit, [(label, misfit) for _, label, misfit in others])
+
+
+def sample(images: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` images, evenly spaced: data sets are often sorted by class."""
+    chosen: np.ndarray = images[np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)]
+    return chosen
+
+
+@torch.no_grad()
+def match_preprocessing(
+    model: CifarNet, images: np.ndarray, candidates: list[Preprocessing], paddings: tuple[str, ...] = PADDINGS
+) -> Match[tuple[Preprocessing, str]]:
+    """The normalisation and padding under which the first convolution puts out what the first BN recorded.
+
+    images: (N, H, W, 3) uint8. The misfit is the mean over channels of |log(variance / recorded variance)|, plus that
+    of |mean - recorded mean| in recorded standard deviations.
+    """
+    recorded_mean, recorded_variance = model.bn1.running_mean, model.bn1.running_var
+    assert recorded_mean is not None  # CifarNet's BN tracks statistics
+    assert recorded_variance is not None
+    some = sample(images, STEM_SAMPLE)
+    tried = []
+    for normalise in candidates:
+        for padding in paddings:
+            response = model.conv1(augment(some, normalise, padding, seeded()))  # (N, C, H, W)
+            variance, mean = torch.var_mean(response, dim=(0, 2, 3), correction=0)  # (C,)
+            spread = log_ratio(variance, recorded_variance).mean()
+            offset = ((mean - recorded_mean).abs() / (recorded_variance + model.bn1.eps).sqrt()).mean()
+            tried.append(((normalise, padding), f"{normalise.name}, {padding} padding", float(spread + offset)))
+    return best_of(tried)
+
+
+def match_network(
+    models: list[CifarNet], images: np.ndarray, normalise: Preprocessing, padding: str
+) -> Match[CifarNet]:
+    """The network (of several with the same tensors) whose forward pass reproduces what every BN recorded.
+
+    The misfit is the mean over BN layers of |log(variance / recorded variance)|, both averaged over channels.
+    """
+    x = augment(sample(images, SAMPLE), normalise, padding, seeded())
+    return best_of([(model, label(model), statistics_misfit(model, x)) for model in models])
+
+
+def label(model: CifarNet) -> str:
+    """What tells a network from the others with its tensors."""
+    return "residual, zeros after" if model.config.padding == "after" else model.config.kind
+
+
+@torch.no_grad()
+def statistics_misfit(model: CifarNet, x: Tensor) -> float:
+    """How far the variances of BN's inputs are from the recorded ones, for a network in evaluation mode."""
+    assert not model.training
+    misfits: list[Tensor] = []
+
+    def compare(norm: nn.BatchNorm2d, args: tuple[Tensor]) -> None:
+        assert norm.running_var is not None
+        variance = args[0].var(dim=(0, 2, 3), correction=0)  # (N, C, H, W) -> (C,)
+        misfits.append(log_ratio(variance.mean(), norm.running_var.mean()))
+
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    handles = [norm.register_forward_pre_hook(compare) for norm in norms]
+    try:
+        model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return float(torch.stack(misfits).mean())
+
+
+def log_ratio(measured: Tensor, recorded: Tensor) -> Tensor:
+    """|log(measured / recorded)|, finite also where a channel is dead."""
+    tiny = torch.finfo(torch.float32).tiny
+    return (measured.clamp_min(tiny) / recorded.clamp_min(tiny)).log().abs()
+
+
+def seeded() -> torch.Generator:
+    """The same random crops every time."""
+    return torch.Generator().manual_seed(0)

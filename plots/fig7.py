@@ -1,0 +1,94 @@
+"""Fig. 7 of the paper: the std of layer responses, in original order and sorted by magnitude.
+
+from plots import draw_fig7
+draw_fig7(frame, paper=analysis.paper.curves()).savefig("fig7.pdf")
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from plots.style import RC, WIDTH, styles
+
+PALE = 0.35  # opacity of the paper's own curves
+ROW = 0.1  # height of a legend's row, as a share of the panel's
+RIGHT = {1: 0.62, 2: 0.35}  # where a legend of one or two columns begins, as a share of the panel's width
+ORDERS = ("original", "sorted by magnitude")
+
+
+def draw_fig7(frame: pd.DataFrame, paper: pd.DataFrame | None = None) -> Figure:
+    """Draw the two panels of the paper's Fig. 7 at the width of one column.
+
+    frame: columns network, kind, depth, layer, std, source; one curve a network, in the order of the frame. paper:
+    columns kind, depth, layer, std; its curves are drawn behind, thin and pale, where the frame has a network of that
+    kind and depth. Returns a figure that belongs to no window. Raises ValueError for an empty frame.
+    """
+    if frame.empty:
+        raise ValueError("an empty frame: there is nothing to draw")
+    look = styles(frame)
+    with mpl.rc_context(RC):
+        figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
+        for panel, order in zip(figure.subplots(2, 1), ORDERS, strict=True):
+            shown = draw_paper(panel, frame, paper, look, order)
+            for network, layers in frame.groupby("network", sort=False):
+                panel.plot(*curve(layers, order), **look[str(network)])
+            finish(panel, order, shown)
+        if (frame["source"] == "batchnorm").any():
+            figure.supxlabel("closed form from BN's tensors, not measured on images", fontsize=6.5, style="italic")
+    return figure
+
+
+def draw_paper(
+    panel: Axes, frame: pd.DataFrame, paper: pd.DataFrame | None, look: dict[str, dict[str, Any]], order: str
+) -> bool:
+    """Draw the paper's curves of the networks of a frame, in their colours; False if there are none."""
+    networks = frame.drop_duplicates(["kind", "depth"])[["network", "kind", "depth"]].dropna()
+    shown = False
+    for network, kind, depth in networks.itertuples(index=False):
+        if paper is None:
+            break
+        layers = paper[(paper["kind"] == kind) & (paper["depth"] == depth)]
+        if len(layers):
+            panel.plot(*curve(layers, order), **look[network] | {"label": None, "linewidth": 0.6, "alpha": PALE})
+            shown = True
+    return shown
+
+
+def curve(layers: pd.DataFrame, order: str) -> tuple[pd.Series[int], pd.Series[float]]:
+    """Layer indices and stds of one network, in one of the `ORDERS`."""
+    layers = layers.sort_values("layer")
+    std = layers["std"] if order == "original" else layers["std"].sort_values(ascending=False)
+    return layers["layer"].astype(int), std
+
+
+def finish(panel: Axes, order: str, paper: bool) -> None:
+    """Axis labels, ticks, and the legend in the upper right, with room made for it above the curves there."""
+    panel.set_xlabel(f"layer index ({order})")
+    panel.set_ylabel("std")
+    panel.set_xlim(left=0)
+    panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    panel.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    handles, labels = panel.get_legend_handles_labels()
+    if paper:
+        handles.append(Line2D([], [], color="0.3", linewidth=0.6, alpha=0.6))
+        labels.append("paper (pale)")
+    columns = 2 if len(labels) > 4 else 1
+    share = 0.06 + ROW * math.ceil(len(labels) / columns)  # of the panel's height
+    bottom, top = panel.get_ylim()
+    points = np.concatenate([np.asarray(line.get_xydata()) for line in panel.lines])  # (points, 2)
+    highest = points[points[:, 0] > panel.get_xlim()[1] * RIGHT[columns], 1].max(initial=bottom)
+    panel.set_ylim(bottom, max(top, bottom + (highest - bottom) / (1 - min(share, 0.8))))
+    legend = panel.legend(
+        handles, labels, loc="upper right", ncols=columns, borderpad=0.3, labelspacing=0.2, handlelength=2.2,
+        columnspacing=1.0, borderaxespad=0.2,
+    )  # fmt: skip
+    legend.get_frame().set_linewidth(0.4)
