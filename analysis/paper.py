@@ -2,7 +2,7 @@
 
     >>> from analysis.paper import curves
     >>> curves().groupby("network")["std"].mean().round(2).to_dict()
-    {'plain-20': 1.77, 'plain-56': 1.57, 'resnet-110': 1.0, 'resnet-20': 1.62, 'resnet-56': 1.13}
+    {'plain-20': 1.82, 'plain-56': 1.52, 'resnet-110': 0.99, 'resnet-20': 1.62, 'resnet-56': 1.13}
 
 The paper is He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2 and Fig. 7.
 """

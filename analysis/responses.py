@@ -179,11 +179,10 @@ def load_networks(args: argparse.Namespace, data: Cifar10 | None) -> list[Networ
             raise ValueError(f"two networks are called {label}: name them, --checkpoint LABEL=PATH LABEL=PATH")
         networks.append(Network(label, checkpoint))
         config, how = checkpoint.model.config, checkpoint.how
-        print(f"{label}: {config.name}, {config.kind} ({how['kind']})", end="")
+        print(f"{label}: network {config.name} ({how['kind']})")
         if data is not None and checkpoint.preprocessing is not None:
             name, padding = checkpoint.preprocessing.name, checkpoint.crop_padding
-            print(f"; preprocessing {name}, trained with {padding} padding ({how['preprocessing']})", end="")
-        print()
+            print(f"{label}: preprocessing {name}, {padding} padding in training ({how['preprocessing']})")
         for warning in checkpoint.warnings:
             print(f"warning: {label}: {warning}", file=sys.stderr)
     return networks
@@ -243,7 +242,11 @@ def measure_all(args: argparse.Namespace, networks: list[Network], data: Cifar10
             assert checkpoint.preprocessing is not None  # recognised at the latest, as there are images
             batches = make_batches(data, total, args.batch_size, checkpoint.preprocessing)
             model = checkpoint.model.to(device)
-            frames.append(measure(model, batches, network=network.label, precision=args.precision, progress=bar.update))
+            options = {"network": network.label, "precision": args.precision, "progress": bar.update}
+            try:
+                frames.append(measure(model, batches, **options))
+            except ValueError as error:
+                raise ValueError(f"{checkpoint.path}: {error}") from error
     return frames
 
 
@@ -286,11 +289,14 @@ def describe_network(
 
 def versions() -> dict[str, str]:
     """The versions of what the numbers depend on."""
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
     from platform import python_version
 
-    packages = ("layer-responses", "torch", "numpy", "pandas")
-    return {"python": python_version()} | {package: version(package) for package in packages}
+    known = {"python": python_version()} | {package: version(package) for package in ("torch", "numpy", "pandas")}
+    try:
+        return {"layer-responses": version("layer-responses")} | known
+    except PackageNotFoundError:  # run from a checkout
+        return {"layer-responses": "not installed"} | known
 
 
 def print_table(networks: list[Network], frames: list[pd.DataFrame]) -> None:

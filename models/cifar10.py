@@ -176,7 +176,7 @@ def cached(path: Path, split: str, files: list[Path], decode: Decoder) -> Decode
     place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     store = cache_folder() / "decoded" / f"{split}-{place}.npz"
     try:
-        with np.load(store) as kept:
+        with open(store, "rb") as file, np.load(file) as kept:
             if str(kept["fingerprint"]) == fingerprint:
                 return kept["images"], kept.get("labels")
     except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile):

@@ -107,7 +107,7 @@ def decode_archive(files: list[Path], split: str) -> Decoded:
                     assert content is not None  # a regular file has content
                     batches[name] = parsers[name](content.read(), f"{file}: {member.name}")
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise ValueError(f"{file}: damaged or truncated archive ({error}); download it again") from error
+        raise ValueError(f"{file}: damaged or truncated archive; copy or download it again") from error
     if not batches:
         raise NoData(f"{file}: no {BATCHES[split][0]} in this archive; it is not the official CIFAR-10")
     return join(batches[name] for name in sorted(batches))

@@ -12,6 +12,7 @@ public checkpoints (resnet-20 and -56, https://github.com/akamaster/pytorch_resn
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -41,16 +42,16 @@ class Match(Generic[Candidate]):
         return self.misfit < FITS
 
     def describe(self) -> str:
-        """`misfit 0.05 (next best: cifar10, black padding, 0.23)`."""
+        """`misfit 0.05, next best 0.23 (cifar10, black padding)`."""
         if not self.others:
             return f"misfit {self.misfit:.2f}"
         label, misfit = self.others[0]
-        return f"misfit {self.misfit:.2f} (next best: {label}, {misfit:.2f})"
+        return f"misfit {self.misfit:.2f}, next best {misfit:.2f} ({label})"
 
 
 def best_of(candidates: list[tuple[Candidate, str, float]]) -> Match[Candidate]:
-    """The match among candidates, each with its label and misfit."""
-    (best, _, misfit), *others = sorted(candidates, key=lambda candidate: candidate[2])
+    """The match among candidates, each with its label and misfit; NaN, from damaged weights, fits worst."""
+    (best, _, misfit), *others = sorted(candidates, key=lambda candidate: (math.isnan(candidate[2]), candidate[2]))
     return Match(best, misfit, [(label, misfit) for _, label, misfit in others])
 
 

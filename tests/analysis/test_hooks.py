@@ -1,0 +1,326 @@
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import analysis
+from models import build, load
+from tests.conftest import ROOT
+
+
+def conv(channels=4, kernel=3, inputs=4, **options):
+    return nn.Conv2d(inputs, channels, kernel, padding=kernel // 2, **options)
+
+
+def with_statistics(network):
+    """BN numbers that are not the fresh ones, so that before and after BN differ."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return network.eval()
+
+
+class Net(nn.Module):
+    """Modules by name, and a function that runs them: small networks with a data flow of their own."""
+
+    def __init__(self, flow, **modules):
+        super().__init__()
+        self.flow = flow
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x):
+        return self.flow(self, x)
+
+
+def between(change):
+    """A network in which something happens between convolution and BN."""
+    return Net(lambda m, x: m.bn(change(m.conv(x))), conv=conv(), bn=nn.BatchNorm2d(4))
+
+
+def pairs_of(network, x=None):
+    frame = analysis.measure(with_statistics(network), [torch.randn(2, 4, 8, 8) if x is None else x])
+    return list(zip(frame["name"], frame["norm"], strict=True))
+
+
+# Which pairs a network has
+
+
+def test_modules_that_run_in_another_order_than_they_are_registered():
+    network = Net(
+        lambda m, x: m.bn2(m.last(F.relu(m.bn1(m.first(x))))),
+        bn2=nn.BatchNorm2d(4), last=conv(), first=conv(), bn1=nn.BatchNorm2d(4),
+    )  # fmt: skip
+    assert pairs_of(network) == [("first", "bn1"), ("last", "bn2")]
+
+
+def test_names_prove_nothing():
+    network = Net(
+        lambda m, x: m.bn1(m.conv2(F.relu(m.bn2(m.conv1(x))))),
+        conv1=conv(), bn1=nn.BatchNorm2d(4), conv2=conv(), bn2=nn.BatchNorm2d(4),
+    )  # fmt: skip
+    assert pairs_of(network) == [("conv1", "bn2"), ("conv2", "bn1")]
+
+
+def test_two_convolutions_that_run_before_their_bns():
+    def flow(m, x):
+        a, b = m.conv1(x), m.conv2(x)
+        return m.bn2(b) + m.bn1(a)
+
+    network = Net(flow, conv1=conv(), bn1=nn.BatchNorm2d(4), conv2=conv(), bn2=nn.BatchNorm2d(4))
+    assert pairs_of(network) == [("conv2", "bn2"), ("conv1", "bn1")]
+
+
+@pytest.mark.parametrize(
+    "change", [F.relu, lambda y: y + 1, lambda y: y.relu_(), lambda y: y.mul_(2), lambda y: y.clone()]
+)
+def test_no_pair_where_something_happens_in_between(change):
+    with pytest.raises(ValueError, match=r"no 3x3 convolution whose output goes unchanged into a BN; the network ran "
+                       r"conv \(Conv2d\), bn \(BatchNorm2d\)"):  # fmt: skip
+        pairs_of(between(change))
+
+
+def test_a_convolution_whose_output_also_goes_elsewhere_is_a_pair():
+    def flow(m, x):
+        y = m.conv(x)
+        return m.bn(y) + y
+
+    assert pairs_of(Net(flow, conv=conv(), bn=nn.BatchNorm2d(4))) == [("conv", "bn")]
+
+
+def test_every_call_of_a_shared_pair_is_a_layer():
+    network = Net(lambda m, x: m.bn(m.conv(F.relu(m.bn(m.conv(x))))), conv=conv(), bn=nn.BatchNorm2d(4))
+    x = torch.randn(2, 4, 8, 8)
+    frame = analysis.measure(with_statistics(network), [x])
+    assert frame["name"].tolist() == ["conv", "conv"]
+    first = network.bn(network.conv(x))
+    second = network.bn(network.conv(F.relu(first)))
+    expected = [y.double().std(correction=0).item() for y in (first, second)]
+    assert frame["std"].tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("other", [conv(kernel=1), conv(kernel=5), nn.Conv2d(4, 4, (3, 1), padding=(1, 0))])
+def test_other_kernels_are_left_out(other):
+    network = nn.Sequential(other, nn.BatchNorm2d(4), nn.ReLU(), conv(), nn.BatchNorm2d(4))
+    assert pairs_of(network) == [("3", "4")]
+
+
+@pytest.mark.parametrize("options", [{"stride": 2}, {"dilation": 2}, {"groups": 4}, {"groups": 2, "bias": False}])
+def test_strides_dilation_and_groups_are_in(options):
+    assert pairs_of(nn.Sequential(conv(**options), nn.BatchNorm2d(4))) == [("0", "1")]
+
+
+def test_keyword_arguments_and_synchronised_bn():
+    network = Net(lambda m, x: m.bn(input=m.conv(x)), conv=conv(), bn=nn.SyncBatchNorm(4))
+    assert pairs_of(network) == [("conv", "bn")]
+
+
+@pytest.mark.parametrize("name", ["resnet-8", "plain-14", "resnet-20"])
+def test_our_networks_have_two_layers_a_block_and_the_first(name):
+    network = build(name)
+    frame = analysis.measure(network, [torch.randn(2, 3, 32, 32)], network="mine")
+    assert len(frame) == network.config.depth - 1
+    assert frame["layer"].tolist() == list(range(1, network.config.depth))
+    assert frame["name"].iloc[[0, 1, -1]].tolist() == [
+        "conv1", "layer1.0.conv1", f"layer3.{(network.config.depth - 2) // 6 - 1}.conv2"
+    ]  # fmt: skip
+    assert set(frame["kind"]) == {network.config.kind}
+    assert set(frame["network"]) == {"mine"}
+    half = (network.config.depth - 2) // 3
+    assert frame["stage"].tolist() == [1] + [1] * half + [2] * half + [3] * half
+    assert frame["height"].tolist() == [32] * (half + 1) + [16] * half + [8] * half
+    assert frame["count"].tolist() == (2 * frame["channels"] * frame["height"] * frame["width"]).tolist()
+
+
+# What is measured
+
+
+def test_the_response_is_what_bn_puts_out_before_an_in_place_relu():
+    network = with_statistics(nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(inplace=True)))
+    x = torch.randn(8, 4, 8, 8)
+    [row] = analysis.measure(network, [x]).to_dict("records")
+    response = network[1](network[0](x)).double()
+    assert row["std"] == pytest.approx(response.std(correction=0).item(), rel=1e-6)
+    assert row["mean"] == pytest.approx(response.mean().item(), rel=1e-5)
+    assert row["std"] ** 2 == pytest.approx(row["within"] ** 2 + row["between"] ** 2)
+    assert (row["images"], row["count"], row["source"]) == (8, 8 * 4 * 8 * 8, "hooks")
+
+
+def stored_responses(network, batches):
+    """All responses of a network of ours, stored: the slow, obvious reference."""
+    stored = {}
+    convs = {name: module for name, module in network.named_modules() if getattr(module, "kernel_size", 0) == (3, 3)}
+    norms = dict(network.named_modules())
+    for name in convs:
+        norm = norms[name.replace("conv", "bn")]
+        norm.register_forward_hook(lambda m, args, y, name=name: stored.setdefault(name, []).append(y.clone()))
+    with torch.no_grad():
+        for x in batches:
+            network.eval()(x)
+    return {name: torch.cat(parts) for name, parts in stored.items()}
+
+
+@pytest.fixture(scope="module")
+def real_network(akamaster):
+    return lambda: load(akamaster[20], normalize="imagenet")
+
+
+def test_real_responses_against_a_two_pass_in_float64(real_network, real_test):
+    checkpoint = real_network()
+    x = checkpoint.preprocessing(real_test.images[:500])
+    frame = analysis.measure(checkpoint.model, x.split(128)).set_index("name")
+    for name, response in stored_responses(checkpoint.model, x.split(128)).items():
+        values = response.double().numpy()
+        assert frame["std"][name] == pytest.approx(np.sqrt(np.mean((values - values.mean()) ** 2)), rel=1e-6)
+        assert frame["mean"][name] == pytest.approx(values.mean(), rel=1e-5, abs=1e-6)
+
+
+def test_any_batch_size_gives_the_same(real_network, real_test):
+    checkpoint = real_network()
+    x = checkpoint.preprocessing(real_test.images[:100])
+    expected = analysis.measure(checkpoint.model, [x])
+    for size in (7, 32):
+        frame = analysis.measure(checkpoint.model, x.split(size))
+        assert frame["std"].tolist() == pytest.approx(expected["std"].tolist(), rel=1e-6)
+        assert frame["count"].tolist() == expected["count"].tolist()
+
+
+def test_accuracy_comes_from_the_same_passes():
+    network = build("resnet-8").eval()
+    x = torch.randn(10, 3, 32, 32)
+    labels = network(x).argmax(1)
+    labels[:3] = (labels[:3] + 1) % 10
+    batches = [(x[:6], labels[:6]), (x[6:], labels[6:])]
+    assert analysis.measure(network, batches).attrs["accuracy"] == 0.7
+    assert analysis.measure(network, [x]).attrs["accuracy"] is None
+
+
+def test_progress_counts_images():
+    seen = []
+    analysis.measure(build("resnet-8"), torch.randn(5, 3, 32, 32).split(2), progress=seen.append)
+    assert seen == [2, 2, 1]
+
+
+def test_bfloat16_is_near():
+    network, x = build("resnet-8"), torch.randn(16, 3, 32, 32)
+    exact = analysis.measure(network, [x])["std"]
+    near = analysis.measure(network, [x], precision="bfloat16")["std"]
+    assert not near.equals(exact)
+    assert near.tolist() == pytest.approx(exact.tolist(), rel=0.02)
+    with pytest.raises(ValueError, match="unknown precision 'int8': one of float32, bfloat16"):
+        analysis.measure(network, [x], precision="int8")
+
+
+# What is left behind: nothing
+
+
+def state_of(network):
+    tensors = {name: (tensor, tensor.clone()) for name, tensor in network.state_dict(keep_vars=True).items()}
+    flags = [module.training for module in network.modules()]
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in network.modules()]
+    return tensors, flags, hooks, torch.is_grad_enabled(), torch.backends.cudnn.allow_tf32
+
+
+def assert_unchanged(network, before):
+    tensors, *rest = before
+    after, *rest_after = state_of(network)
+    assert rest == rest_after
+    assert list(tensors) == list(after)
+    for name, (tensor, value) in tensors.items():
+        assert after[name][0] is tensor
+        assert torch.equal(after[name][1], value)
+
+
+def mixed_modes():
+    """A network in training mode with a frozen part and a hook of its user's."""
+    network = build("resnet-8").train()
+    network.layer2.eval()
+    network.fc.register_forward_hook(lambda *args: None)
+    return network
+
+
+def failing_batches():
+    yield torch.randn(2, 3, 32, 32)
+    raise OSError("the disk is gone")
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_measuring_leaves_a_network_as_it_was(gradients):
+    network = mixed_modes()
+    with torch.set_grad_enabled(gradients):
+        before = state_of(network)
+        analysis.measure(network, [torch.randn(4, 3, 32, 32)] * 2)
+        assert_unchanged(network, before)
+
+
+def test_also_when_the_data_raises_half_way():
+    network = mixed_modes()
+    before = state_of(network)
+    with pytest.raises(OSError, match="the disk is gone"):
+        analysis.measure(network, failing_batches())
+    assert_unchanged(network, before)
+
+
+def test_also_when_a_response_is_not_finite():
+    network = mixed_modes()
+    before = state_of(network)
+
+    def batches():
+        yield torch.randn(2, 3, 32, 32)
+        variance = network.layer1[0].bn2.running_var.clone()
+        network.layer1[0].bn2.running_var.fill_(-1)
+        yield torch.randn(2, 3, 32, 32)
+        network.layer1[0].bn2.running_var.copy_(variance)
+
+    with pytest.raises(ValueError, match=r"NaN or infinity in the response of layer 3 \(layer1.0.conv2\) in batch 2: "):
+        analysis.measure(network, batches())
+    network.layer1[0].bn2.running_var.fill_(1)
+    assert_unchanged(network, before)
+
+
+def test_memory_does_not_grow_with_the_images():
+    script = textwrap.dedent("""
+        import resource, sys, torch, analysis
+        from models import build
+        torch.set_num_threads(1)
+        network, x = build("resnet-20"), torch.randn(32, 3, 32, 32)
+        analysis.measure(network, [x] * 2)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        analysis.measure(network, (x for _ in range(30)))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert int(run.stdout) < 16 * 1024  # KiB; the responses of 30 batches take 690 MiB
+
+
+# Bad input
+
+
+def test_no_images():
+    with pytest.raises(ValueError, match="no images: there is nothing to measure"):
+        analysis.measure(build("resnet-8"), [])
+
+
+def test_a_network_without_convolutions():
+    with pytest.raises(ValueError, match="the network ran no convolution and no BN that hooks could see"):
+        analysis.measure(nn.Linear(3, 3), [torch.zeros(1, 3)])
+
+
+def test_a_path_that_changes_between_batches():
+    network = Net(lambda m, x: m.bn(m.b(x)) if len(x) == 1 else m.bn(m.a(x)), a=conv(), b=conv(), bn=nn.BatchNorm2d(4))
+    with pytest.raises(ValueError, match="batch 2 takes another path through the network than the first: b"):
+        analysis.measure(network, [torch.randn(2, 4, 8, 8), torch.randn(1, 4, 8, 8)])
+    network = Net(
+        lambda m, x: m.bn(m.a(x)) if len(x) == 1 else m.bn(m.b(F.relu(m.bn(m.a(x))))),
+        a=conv(), b=conv(), bn=nn.BatchNorm2d(4),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="than the first: b did not run"):
+        analysis.measure(network, [torch.randn(2, 4, 8, 8), torch.randn(1, 4, 8, 8)])

@@ -1,0 +1,108 @@
+import pytest
+import torch
+
+from analysis.moments import Moments
+
+
+def two_pass(x):
+    """Count, mean and M2 of every channel, and the std of all values: slow, obvious, float64."""
+    channels = x.double().transpose(0, 1).flatten(1)  # (N, C, H, W) -> (C, N * H * W)
+    mean = channels.mean(1)
+    m2 = ((channels - mean[:, None]) ** 2).sum(1)
+    values = x.double().flatten()
+    std = ((values - values.mean()) ** 2).mean().sqrt().item()
+    return channels.shape[1], mean, m2, std
+
+
+def check(moments, x, rel):
+    count, mean, m2, std = two_pass(x)
+    assert moments.count == count
+    assert moments.std == pytest.approx(std, rel=rel)
+    torch.testing.assert_close(moments.m2, m2, rtol=2 * rel, atol=0)
+    scale = (m2 / count).sqrt()
+    assert ((moments.mean - mean).abs() <= rel * (scale + mean.abs())).all()
+
+
+def responses(shape=(64, 5, 9, 7), offset=2.0, dtype=torch.float32):
+    """Responses whose channels differ in mean and spread."""
+    channel = (1, shape[1], 1, 1)
+    return torch.randn(shape, dtype=dtype) * torch.rand(channel, dtype=dtype) + offset * torch.randn(
+        channel, dtype=dtype
+    )
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("dtype", "rel"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])
+def test_one_batch_is_the_two_pass_reference(dtype, rel, layout):
+    x = responses(dtype=dtype).to(memory_format=layout)
+    check(Moments.of(x), x, rel)
+
+
+@pytest.mark.parametrize("offset", [10.0, 1e3, 1e5])
+def test_means_far_from_zero(offset):
+    x = responses(offset=offset)
+    check(Moments.of(x), x, 1e-6)
+
+
+def test_dead_channels_beside_live_ones():
+    x = responses()
+    x[:, 1] = 3.0
+    x[:, 3] = 0.0
+    moments = Moments.of(x)
+    assert moments.m2[1] == moments.m2[3] == 0
+    check(moments, x, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_summed_in_float32(dtype):
+    x = responses().to(dtype)
+    check(Moments.of(x), x, 1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 3, 16, 63, 64])
+def test_any_batch_size_gives_the_same(size):
+    x = responses()
+    first, *rest = [Moments.of(part) for part in x.split(size)]
+    for part in rest:
+        first = first.merge(part)
+    check(first, x, 1e-6)
+    assert first.std == pytest.approx(Moments.of(x).std, rel=1e-7)
+
+
+def test_any_order_and_tree_of_merges_gives_the_same():
+    parts = [Moments.of(part) for part in responses(dtype=torch.float64).split([10, 1, 30, 23])]
+    a, b, c, d = parts
+    chain = a.merge(b).merge(c).merge(d)
+    tree = d.merge(b).merge(c.merge(a))
+    assert tree.count == chain.count
+    torch.testing.assert_close(tree.mean, chain.mean, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(tree.m2, chain.m2, rtol=1e-13, atol=0)
+
+
+def test_std_splits_into_within_and_between():
+    moments = Moments.of(torch.tensor([[[[0.0, 2.0]], [[5.0, 7.0]]]]))
+    assert (moments.within, moments.between) == (1.0, 2.5)
+    assert moments.std == (1 + 6.25) ** 0.5
+
+
+def test_merging_leaves_both_as_they_were():
+    a, b = Moments.of(responses()), Moments.of(responses())
+    before = a.mean.clone(), a.m2.clone(), b.mean.clone(), b.m2.clone()
+    a.merge(b)
+    assert all(map(torch.equal, before, (a.mean, a.m2, b.mean, b.m2)))
+
+
+def test_a_large_count_and_a_small_one():
+    many = Moments(10**12, torch.zeros(1, dtype=torch.float64), torch.full((1,), 1e12, dtype=torch.float64))
+    one = Moments.of(torch.full((1, 1, 1, 1), 5.0))
+    merged = many.merge(one)
+    assert merged.count == 10**12 + 1
+    assert merged.mean.item() == pytest.approx(5e-12)
+    assert merged.std == pytest.approx(1.0)
+
+
+def test_what_cannot_be_done():
+    with pytest.raises(ValueError, match=r"no values in a response of shape \(0, 5, 9, 7\)"):
+        Moments.of(responses((0, 5, 9, 7)))
+    with pytest.raises(ValueError, match="cannot merge moments of 5 and 4 channels"):
+        Moments.of(responses()).merge(Moments.of(responses((2, 4, 3, 3))))

@@ -1,0 +1,398 @@
+"""The command, from its options to its files."""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import suppress
+
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+import analysis
+from analysis.frame import COLUMNS
+from analysis.responses import main, split_label
+from models import build, checkpoints, cifar10, closed_form
+from models.layouts import CLASSES
+from models.preprocess import PRESETS
+from tests.conftest import ROOT
+from tests.models.test_recognition import blobs, record
+from tests.test_project import COMMANDS, README
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """A folder of forty images in class folders."""
+    folder = tmp_path_factory.mktemp("images")
+    for i, image in enumerate(blobs(40, seed=0)):
+        (folder / CLASSES[i % 10]).mkdir(exist_ok=True)
+        Image.fromarray(image).save(folder / CLASSES[i % 10] / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """Checkpoints of small networks by name, with BN statistics that fit the images, and with cards."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    x = PRESETS["imagenet"](blobs(40, seed=0))
+    paths = {}
+    for name in ("resnet-8", "plain-8", "resnet-14"):
+        torch.manual_seed(1)
+        paths[name] = folder / f"{name}.safetensors"
+        network = record(build(name), x)
+        checkpoints.save(paths[name], network, PRESETS["imagenet"], crop_padding="none", training={"seed": 1})
+    return paths
+
+
+def run(*words):
+    """The exit status of the command, whether argparse or main ends it."""
+    try:
+        return main([str(word) for word in words])
+    except SystemExit as end:
+        return end.code
+
+
+def test_the_main_job_on_real_input(akamaster, shared_cifar10, tmp_path, capsys, monkeypatch):
+    """The README's command, whose output stands in the README."""
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "out"
+    words = COMMANDS[0].split("-m analysis.responses ")[1].split()
+    assert run(*words, "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert f"```text\n{printed.strip()}\n```".replace(str(out), "figures") in README
+    frame = pd.read_csv(out / "responses.csv")
+    assert list(frame.columns) == list(COLUMNS)
+    assert frame.groupby("network").size().to_dict() == {"resnet-20": 19, "resnet-56": 55}
+    assert set(frame["kind"]) == {"residual"}
+    means = frame.groupby("network")["std"].mean()
+    assert means["resnet-20"] == pytest.approx(0.7324, abs=5e-5)
+    assert means["resnet-56"] == pytest.approx(0.4539, abs=5e-5)
+    entries = json.loads((out / "responses.json").read_text())
+    for name, accuracy in (("resnet-20", 0.9173), ("resnet-56", 0.9339)):
+        assert entries[name]["accuracy"] == pytest.approx(accuracy)
+        assert entries[name]["preprocessing"]["name"] == "imagenet"
+        assert entries[name]["preprocessing"]["crop_padding"] == "black"
+        assert entries[name]["network"]["kind_known"].startswith("recognised, misfit 0.0")
+        assert entries[name]["data"]["exact"] is True
+        assert entries[name]["warnings"] == []
+    assert sorted(path.name for path in out.iterdir()) == ["fig7.pdf", "fig7.png", "responses.csv", "responses.json"]
+
+
+def test_the_closed_form_of_the_real_checkpoints(akamaster, tmp_path):
+    named = [f"resnet-{depth}={path}" for depth, path in akamaster.items()]
+    assert run("--checkpoint", *named, "--source", "batchnorm", "--out", tmp_path) == 0
+    means = pd.read_csv(tmp_path / "responses.csv").groupby("network")["std"].mean()
+    assert means.tolist() == pytest.approx([0.7318, 0.4536], abs=5e-5)
+
+
+def test_what_is_written_and_printed(files, images, tmp_path, capsys):
+    assert run("--checkpoint", *files.values(), "--data", images, "--out", tmp_path / "out", "--format", "svg") == 0
+    printed = capsys.readouterr().out
+    frame = pd.read_csv(tmp_path / "out" / "responses.csv")
+    assert frame["network"].drop_duplicates().tolist() == ["resnet-8", "plain-8", "resnet-14"]
+    assert set(frame["source"]) == {"hooks"}
+    assert set(frame["images"]) == {40}
+    data = cifar10.load(images)
+    for name, path in files.items():
+        network = checkpoints.load(path).model
+        expected = analysis.measure(network, [PRESETS["imagenet"](data.images)])["std"]
+        assert frame[frame["network"] == name]["std"].tolist() == pytest.approx(expected.tolist(), rel=1e-6)
+        hits = (network(PRESETS["imagenet"](data.images)).argmax(1).numpy() == data.labels).mean()
+        [row] = [
+            line.split() for line in printed.splitlines() if line.split()[1:2] == [str(len(expected))] and name in line
+        ]
+        std = [expected.mean(), expected.min(), expected.max()]
+        assert row == [name, str(len(expected)), f"{100 * hits:.2f}", *(f"{value:.4f}" for value in std), "-", "-"]
+    means = frame.groupby("network")["std"].mean()
+    sign = "<" if means["resnet-8"] < means["plain-8"] else ">="
+    verdict = "holds" if sign == "<" else "does not hold"
+    assert (
+        f"residual responses are smaller than plain ones of the same depth: {verdict} "
+        f"(resnet-8 {means['resnet-8']:.3f} {sign} plain-8 {means['plain-8']:.3f})"
+    ) in printed
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["fig7.svg", "responses.csv", "responses.json"]
+    assert ">ResNet-14</text>" in (tmp_path / "out" / "fig7.svg").read_text()
+
+
+def test_the_same_command_writes_the_same_bytes(files, images, tmp_path):
+    for out in ("a", "b"):
+        words = ("--checkpoint", *files.values(), "--data", images, "--out", tmp_path / out)
+        assert run(*words, "--format", "svg", "pdf", "png") == 0
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_labels(files, images, tmp_path, capsys):
+    words = ("--data", images, "--out", tmp_path / "out")
+    first = files["resnet-8"]
+    assert run("--checkpoint", f"mine={first}", first, f"a=b={first}", *words) == 2  # a=b is a label, =PATH no path
+    other = tmp_path / "epoch=3-step=100.ckpt"
+    torch.save(build("resnet-8").state_dict(), other)
+    assert (
+        run("--checkpoint", f"mine={first}", first, other, "--kind", "residual", "--normalize", "imagenet", *words) == 0
+    )
+    frame = pd.read_csv(tmp_path / "out" / "responses.csv")
+    assert frame["network"].drop_duplicates().tolist() == ["mine", "resnet-8", "epoch=3-step=100"]
+    capsys.readouterr()
+    assert run("--checkpoint", f"plain-8={first}", *words) == 0
+    assert "warning: plain-8: the label says plain-8, the file holds resnet-8" in capsys.readouterr().err
+
+
+def test_an_existing_path_wins_over_a_label(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "epoch=3.ckpt").touch()
+    assert split_label("epoch=3.ckpt") == (None, type(tmp_path)("epoch=3.ckpt"))
+    assert split_label("other=3.ckpt") == ("other", type(tmp_path)("3.ckpt"))
+    assert split_label("a.ckpt") == (None, type(tmp_path)("a.ckpt"))
+
+
+def test_images_batch_size_and_split(files, images, tmp_path):
+    words = ("--checkpoint", files["resnet-8"], "--data", images, "--images", 12, "--out", tmp_path)
+    assert run(*words, "--batch-size", 5) == 0
+    one = pd.read_csv(tmp_path / "responses.csv")
+    assert set(one["images"]) == {12}
+    assert run(*words) == 0
+    assert pd.read_csv(tmp_path / "responses.csv")["std"].tolist() == pytest.approx(one["std"].tolist(), rel=1e-6)
+
+
+def test_a_progress_bar_over_all_networks(files, images, tmp_path):
+    """In a terminal, which a pseudo-terminal stands in for."""
+    import pty
+    import termios
+
+    parent, child = pty.openpty()
+    termios.tcsetwinsize(child, (24, 100))
+    words = ["--checkpoint", files["resnet-8"], files["plain-8"], "--data", images, "--out", tmp_path]
+    command = [sys.executable, "-m", "analysis.responses", *map(str, words)]
+    process = subprocess.Popen(command, stderr=child, stdout=subprocess.DEVNULL, cwd=ROOT)
+    os.close(child)
+    shown = b""
+    with suppress(OSError):  # the end of a pseudo-terminal
+        while part := os.read(parent, 4096):
+            shown += part
+    os.close(parent)
+    assert process.wait() == 0
+    assert b"/80" in shown  # 2 networks, 40 images each
+    assert b"plain-8" in shown
+
+
+def test_the_closed_form_needs_no_images(files, tmp_path, capsys):
+    assert run("--checkpoint", *files.values(), "--source", "batchnorm", "--out", tmp_path, "--format", "svg") == 0
+    frame = pd.read_csv(tmp_path / "responses.csv")
+    assert set(frame["source"]) == {"batchnorm"}
+    assert frame[["height", "width", "images", "count"]].isna().all(axis=None)
+    expected = closed_form(checkpoints.load(files["plain-8"]).model)["std"]
+    assert frame[frame["network"] == "plain-8"]["std"].tolist() == pytest.approx(expected.tolist())
+    assert "closed form from BN's tensors, not measured on images" in (tmp_path / "fig7.svg").read_text()
+    entry = json.loads((tmp_path / "responses.json").read_text())["plain-8"]
+    assert entry["source"] == "batchnorm"
+    assert "data" not in entry
+    assert "accuracy" not in entry
+
+
+def test_it_is_the_fallback_where_there_are_no_images(files, tmp_path, capsys):
+    assert run("--checkpoint", files["resnet-8"], "--out", tmp_path / "out") == 0
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[0].startswith("no CIFAR-10 test images found: tried $CIFAR10 (not set), data, ")
+    assert shown[1:] == ["no images: the closed form from BN's tensors instead (--source batchnorm)"]
+    assert set(pd.read_csv(tmp_path / "out" / "responses.csv")["source"]) == {"batchnorm"}
+    assert run("--checkpoint", files["resnet-8"], "--out", tmp_path / "other", "--source", "hooks") == 2
+    assert "error: no CIFAR-10 test images found" in capsys.readouterr().err
+
+
+def test_without_images_the_label_says_whether_a_network_is_plain(tmp_path, capsys):
+    torch.save(build("plain-8").state_dict(), tmp_path / "a.pt")
+    words = ("--source", "batchnorm", "--out", tmp_path)
+    kinds = {}
+    for label in ("plain-8", "mine"):
+        assert run("--checkpoint", f"{label}={tmp_path / 'a.pt'}", *words) == 0
+        kinds[label] = pd.read_csv(tmp_path / "responses.csv")["kind"].iloc[0]
+    assert kinds == {"plain-8": "plain", "mine": "residual"}
+    assert "mine: network resnet-8 (assumed)" in capsys.readouterr().out
+    assert run("--checkpoint", f"mine={tmp_path / 'a.pt'}", "--kind", "plain", *words) == 0
+    assert pd.read_csv(tmp_path / "responses.csv")["kind"].iloc[0] == "plain"
+
+
+def test_what_does_not_fit_is_a_warning(files, images, tmp_path, capsys):
+    words = ("--checkpoint", files["resnet-8"], "--data", images, "--out", tmp_path)
+    assert run(*words, "--normalize", "[-1,1]") == 0
+    assert "warning: resnet-8: no preprocessing fits: misfit " in capsys.readouterr().err
+    assert json.loads((tmp_path / "responses.json").read_text())["resnet-8"]["warnings"]
+
+
+# Bad input: one line that says what, where and what to do, status 2, and what was there is there still
+
+
+def nan_weights(path, files):
+    network = build("resnet-8")
+    network.conv1.weight.data.fill_(float("nan"))
+    torch.save(network.state_dict(), path / "nan.pt")
+    return path / "nan.pt"
+
+
+def overflowing(path, files):
+    network = record(build("resnet-8"), torch.randn(8, 3, 32, 32))
+    network.layer2[0].bn1.running_var.fill_(-1)
+    torch.save(network.state_dict(), path / "overflow.pt")
+    return path / "overflow.pt"
+
+
+def text(path, files):
+    (path / "notes.pt").write_text("hello")
+    return path / "notes.pt"
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch evil",))
+
+
+def evil(path, files):
+    torch.save(Evil(), path / "evil.pt")
+    return path / "evil.pt"
+
+
+def other_network(path, files):
+    torch.save(torch.nn.Linear(2, 2).state_dict(), path / "other.pt")
+    return path / "other.pt"
+
+
+def missing_tensor(path, files):
+    state = build("resnet-8").state_dict()
+    del state["bn1.weight"]
+    torch.save(state, path / "missing.pt")
+    return path / "missing.pt"
+
+
+def extra_tensor(path, files):
+    torch.save(build("resnet-8").state_dict() | {"layer1.0.bn3.weight": torch.ones(16)}, path / "extra.pt")
+    return path / "extra.pt"
+
+
+def good(path, files):
+    return files["resnet-8"]
+
+
+def blocked(path):
+    (path / "file").write_text("")
+    return path / "file" / "out"
+
+
+def truncated_archive(path):
+    (path / "cifar-10-python.tar.gz").write_bytes(b"\x1f\x8b" + bytes(40))
+    return path / "cifar-10-python.tar.gz"
+
+
+def empty_folder(path):
+    (path / "empty").mkdir()
+    return path / "empty"
+
+
+BAD = {
+    "missing file": (lambda p, f: p / "gone.pth", {}, "error: {path}/gone.pth: no such file; a checkpoint is a file"),
+    "text": (text, {}, "error: {path}/notes.pt: not a checkpoint, damaged or truncated; a checkpoint is a file of"),
+    "code": (evil, {}, "error: {path}/evil.pt: refused: it asks for posix.system, which could run code"),
+    "other network": (other_network, {}, "error: {path}/other.pt: not a CIFAR-10 network of He et al."),
+    "missing tensor": (missing_tensor, {}, "error: {path}/missing.pt: the tensors are not those of a network of 8 "
+                       "layers: bn1.weight is missing"),
+    "extra tensor": (extra_tensor, {}, "layer1.0.bn3.weight is too many"),
+    "NaN in the weights": (nan_weights, {}, "error: {path}/nan.pt: NaN or infinity in conv1.weight: the training "
+                           "diverged, or the file is damaged"),
+    "NaN in a response": (overflowing, {}, "error: {path}/overflow.pt: NaN or infinity in the response of layer 4 "
+                          "(layer2.0.conv1) in batch 1: look at the weights and at the images"),
+    "truncated archive": (good, {"--data": truncated_archive}, "error: {path}/cifar-10-python.tar.gz: damaged or "
+                          "truncated archive"),
+    "no images": (good, {"--data": empty_folder}, "error: {path}/empty: no CIFAR-10 test images here; looked for"),
+    "no data": (good, {"--data": lambda p: p / "nowhere"}, "error: {path}/nowhere: no such file or folder; --data "
+                "takes a folder or an archive of CIFAR-10"),
+    "too many images": (good, {"--images": lambda p: 41}, "error: --images 41: there are 40 test images in "),
+    "out": (good, {"--out": blocked}, "error: --out {path}/file/out: Not a directory; name a folder that can be "
+            "written"),
+    "0 images": (good, {"--images": lambda p: 0}, "argument --images: '0' is not a whole number of 1 or more"),
+    "batch size 0": (good, {"--batch-size": lambda p: 0}, "argument --batch-size: '0' is not a whole number of 1"),
+    "negative images": (good, {"--images": lambda p: -3}, "argument --images: '-3' is not a whole number of 1"),
+    "device": (good, {"--device": lambda p: "tpu"}, "argument --device: invalid choice: 'tpu' (choose from "),
+    "split": (good, {"--split": lambda p: "val"}, "argument --split: invalid choice: 'val' (choose from "),
+    "preset": (good, {"--normalize": lambda p: "mnist"}, "--normalize: unknown preset 'mnist'; one of auto, imagenet, "
+               "cifar10, cifar10-2, [-1,1], [0,1], per-pixel"),
+    "depth": (good, {"--depth": lambda p: 20}, "no networks are shipped yet, so --depth has none to choose from; name "
+              "a trained network: --checkpoint resnet-20=PATH"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("checkpoint", "options", "message"), BAD.values(), ids=BAD)
+def test_bad_input(checkpoint, options, message, files, images, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "responses.csv").write_text("from an earlier run")
+    words = {"--checkpoint": checkpoint(tmp_path, files), "--data": images, "--out": tmp_path / "out"}
+    words |= {option: value(tmp_path) for option, value in options.items()}
+    if options.get("--depth"):
+        del words["--checkpoint"]
+    status = run(*(str(word) for pair in words.items() for word in pair))
+    shown = capsys.readouterr().err
+    assert status == 2
+    assert message.format(path=tmp_path) in shown
+    assert "Traceback" not in shown
+    errors = [line for line in shown.splitlines() if "error: " in line]
+    assert len(errors) == 1
+    assert shown.endswith(errors[0] + "\n")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["responses.csv"]
+    assert (tmp_path / "out" / "responses.csv").read_text() == "from an earlier run"
+    assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_cuda_where_there_is_none(files, images, tmp_path, capsys):
+    assert run("--checkpoint", files["resnet-8"], "--data", images, "--device", "cuda") == 2
+    assert "--device cuda: torch sees no CUDA device on this machine; use --device cpu" in capsys.readouterr().err
+
+
+def test_two_kinds_and_two_equal_labels(files, images, tmp_path, capsys):
+    assert run("--checkpoint", files["resnet-8"], "--kind", "residual", "plain") == 2
+    assert "--kind: one kind at a time" in capsys.readouterr().err
+    same = files["resnet-8"]
+    assert run("--checkpoint", f"a={same}", f"a={same}", "--source", "batchnorm", "--out", tmp_path) == 2
+    assert "error: two networks are called a: name them, --checkpoint LABEL=PATH LABEL=PATH" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        main(["--checkpoint", str(tmp_path / "gone.pth"), "--source", "batchnorm", "--out", str(tmp_path), "--debug"])
+
+
+def test_ctrl_c_writes_nothing(files, images, tmp_path, monkeypatch, capsys):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("analysis.hooks.measure", interrupt)
+    assert run("--checkpoint", files["resnet-8"], "--data", images, "--out", tmp_path / "out") == 130
+    assert "interrupted: nothing was written" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_the_earlier_results(files, images, tmp_path, monkeypatch, capsys):
+    words = ("--checkpoint", files["resnet-8"], "--data", images, "--out", tmp_path)
+    assert run(*words) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *a, **o: (_ for _ in ()).throw(OSError(28, "full")))
+    assert run(*words, "--images", 10) == 2
+    assert "error: " in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_help_does_not_wait_for_torch():
+    script = (
+        "import sys; from analysis.responses import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: print(sorted({'torch', 'pandas', 'matplotlib', 'numpy'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.splitlines()[-1] == "[]"
+    assert "--checkpoint [LABEL=]PATH" in run.stdout
+
+
+def test_depths_parse_as_in_the_paper(capsys):
+    assert run("--depth", 20, 56, 110) == 2
+    assert "no networks are shipped yet" in capsys.readouterr().err

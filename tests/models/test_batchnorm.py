@@ -1,0 +1,71 @@
+import pytest
+import torch
+from torch import nn
+
+from analysis import measure
+from models import build, closed_form
+
+
+def randomise(network):
+    """Give every BN other numbers than a fresh one has."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.2, 2)
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.01, 3)
+    return network
+
+
+def test_the_formula_on_numbers_worked_out_by_hand():
+    norm = nn.BatchNorm2d(2, eps=1.0)
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), norm)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([2.0, 4.0]))
+        norm.bias.copy_(torch.tensor([1.0, 3.0]))
+        norm.running_var.copy_(torch.tensor([1.0, 3.0]))
+    [row] = closed_form(network).to_dict("records")  # variances 4 * 1/2 = 2 and 16 * 3/4 = 12
+    assert row == {"layer": 1, "name": "0", "norm": "1", "stage": 1, "channels": 2, "std": pytest.approx(8**0.5),
+                   "within": pytest.approx(7**0.5), "between": 1.0, "mean": 2.0}  # fmt: skip
+
+
+@torch.no_grad()
+def test_it_is_what_hooks_measure_where_bn_has_the_statistics_of_the_images():
+    network = randomise(build("resnet-14", shortcut="B")).double().eval()
+    x = torch.randn(32, 3, 32, 32, dtype=torch.float64)
+
+    def adopt(norm, args):  # layer by layer, in forward order, in evaluation mode
+        norm.running_var, norm.running_mean = torch.var_mean(args[0], dim=(0, 2, 3), correction=0)
+
+    handles = [m.register_forward_pre_hook(adopt) for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    network(x)
+    for handle in handles:
+        handle.remove()
+    formula, measured = closed_form(network), measure(network, [x])
+    assert len(formula) == 13
+    for column in ("layer", "name", "norm", "stage", "channels"):
+        assert formula[column].tolist() == measured[column].tolist()
+    for column in ("mean", "std", "within", "between"):
+        assert formula[column].to_numpy() == pytest.approx(measured[column].to_numpy(), rel=1e-9, abs=1e-12)
+
+
+def test_a_state_dict_gives_the_same_as_its_network():
+    network = randomise(build("plain-8"))
+    assert closed_form(network.state_dict()).equals(closed_form(network))
+
+
+def test_other_kernels_are_left_out():
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5))
+    assert closed_form(network)["name"].tolist() == ["2"]
+
+
+def test_nothing_to_compute_names_the_keys():
+    with pytest.raises(ValueError, match=r"no 3x3 convolution followed by a BN .* keys: 0.weight, 0.bias"):
+        closed_form(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_the_public_checkpoints(akamaster):
+    from models import load
+
+    means = [closed_form(load(akamaster[depth]).model)["std"].mean() for depth in (20, 56)]
+    assert means == pytest.approx([0.7318, 0.4536], abs=5e-5)

@@ -1,0 +1,123 @@
+"""Networks whose BN statistics were recorded under every combination of what there is to recognise."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import load
+from models.preprocess import PRESETS, augment, mean_image, per_pixel
+from models.recognition import FITS, SAMPLE, STEM_SAMPLE, best_of, match_network, match_preprocessing, sample
+from models.resnet import CifarNet, Config
+
+
+def blobs(count, seed):
+    """Smooth coloured images (N, 32, 32, 3), uint8, bright in the middle like photographs of things."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, 3, 6, 6, generator=generator) * 0.5 + torch.randn(count, 1, 1, 1, generator=generator)
+    fine = F.interpolate(coarse, size=32, mode="bicubic") + torch.hann_window(32)[:, None] * 0.8
+    return (torch.sigmoid(fine) * 255).byte().permute(0, 2, 3, 1).numpy()
+
+
+def record(network, x):
+    """Let BN record the statistics of x, as after a training."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.2, 1)
+            nn.init.normal_(module.bias, std=0.3)
+            module.momentum = None
+            module.reset_running_stats()
+    with torch.no_grad():
+        network.train()(x)
+    return network.eval()
+
+
+@pytest.mark.parametrize("padding", ["black", "zero", "none"])
+@pytest.mark.parametrize("preset", [*PRESETS, "per-pixel"])
+def test_preprocessing_is_recognised(preset, padding):
+    seen, images = blobs(600, seed=1), blobs(600, seed=2)
+    candidates = [*PRESETS.values(), per_pixel(mean_image(images))]
+    true = per_pixel(mean_image(seen)) if preset == "per-pixel" else PRESETS[preset]
+    network = record(CifarNet(Config("residual", 8)), augment(seen, true, padding, torch.Generator().manual_seed(5)))
+    match = match_preprocessing(network, images, candidates)
+    found = match.best[0].name, match.best[1]
+    # with [0,1] black is zero: the two paddings are the same
+    assert found == (preset, padding) or (preset == "[0,1]" and found == ("[0,1]", "black"))
+    assert match.misfit < FITS
+    assert match.fits
+
+
+CONFIGS = [Config("residual", 14), Config("residual", 14, padding="after"), Config("plain", 14)]
+
+
+@pytest.mark.parametrize("true", CONFIGS, ids=lambda config: f"{config.kind} {config.padding}")
+def test_the_network_is_recognised_among_those_with_the_same_tensors(true, tmp_path):
+    seen, images = blobs(600, seed=1), blobs(600, seed=2)
+    network = record(CifarNet(true), augment(seen, PRESETS["cifar10"], "zero", torch.Generator().manual_seed(5)))
+    torch.save(network.state_dict(), tmp_path / "a.pt")
+    found = load(tmp_path / "a.pt", images=images)
+    assert found.model.config == true
+    assert (found.preprocessing.name, found.crop_padding) == ("cifar10", "zero")
+    assert found.how["kind"].startswith("recognised, misfit 0.0")
+    assert found.warnings == []
+
+
+def test_a_network_that_fits_nothing_is_reported(tmp_path):
+    network = record(CifarNet(Config("plain", 14)), torch.randn(64, 3, 32, 32))
+    torch.save(network.state_dict(), tmp_path / "a.pt")
+    found = load(tmp_path / "a.pt", kind="residual", normalize="imagenet", images=blobs(300, seed=2))
+    assert len(found.warnings) == 3
+    assert found.warnings[0].startswith("no kind fits: misfit ")
+    assert found.warnings[1].startswith("no preprocessing fits: misfit ")
+    assert found.warnings[2] == "the images, the preprocessing or the network are not those of the training"
+
+
+def test_the_public_checkpoints(akamaster, real_test):
+    candidates = [*PRESETS.values(), per_pixel(mean_image(real_test.images))]
+    for depth, path in akamaster.items():
+        configs = [Config("residual", depth), Config("residual", depth, padding="after"), Config("plain", depth)]
+        state = load(path).model.state_dict()
+        models = [CifarNet(config).eval() for config in configs]
+        for model in models:
+            model.load_state_dict(state)
+        inputs = match_preprocessing(models[0], real_test.images, candidates)
+        assert (inputs.best[0].name, inputs.best[1]) == ("imagenet", "black")
+        assert inputs.misfit < 0.06
+        assert inputs.others[0][1] > 0.2
+        networks = match_network(models, real_test.images, *inputs.best)
+        assert networks.best is models[0]
+        assert networks.misfit < 0.02
+        misfits = dict(networks.others)
+        assert misfits["residual, zeros after"] > 0.25
+        assert misfits["plain"] > 2
+
+
+def test_the_best_is_the_smallest_and_nan_is_the_worst():
+    match = best_of([("a", "A", float("nan")), ("b", "B", 0.3), ("c", "C", 0.2)])
+    assert (match.best, match.misfit, match.others[0]) == ("c", 0.2, ("B", 0.3))
+    assert not match.fits
+    assert match.describe() == "misfit 0.20, next best 0.30 (B)"
+    assert best_of([("a", "A", 0.1)]).describe() == "misfit 0.10"
+
+
+def test_samples_are_spread_evenly():
+    images = np.arange(10_000)
+    assert sample(images, 4).tolist() == [0, 3333, 6666, 9999]
+    assert sample(images[:3], STEM_SAMPLE).tolist() == [0, 1, 2]
+    assert len(set(sample(images, SAMPLE).tolist())) == SAMPLE
+
+
+def test_the_samples_are_spread_over_sorted_data_sets(akamaster, real_test):
+    by_class = real_test.images[np.argsort(real_test.labels, kind="stable")]
+    found = load(akamaster[20], images=by_class)
+    assert (found.model.config.kind, found.preprocessing.name, found.warnings) == ("residual", "imagenet", [])
+
+
+def test_recognition_leaves_no_hooks_behind():
+    network = CifarNet(CONFIGS[0]).eval()
+    match_network([network], blobs(4, seed=0), PRESETS["[0,1]"], "none")
+    hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in itertools.islice(network.modules(), 100)]
+    assert sum(hooks) == 0

@@ -1,0 +1,60 @@
+"""What holds for the project as a whole: the README, its commands, the layout, style and types."""
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^python3 -m venv .*$", README, re.MULTILINE)
+MODULES = [path for package in ("analysis", "models", "plots") for path in (ROOT / package).glob("*.py")]
+
+
+def test_the_readme_sets_up_in_two_commands_and_ci_runs_the_second():
+    main_job, tests = COMMANDS
+    assert "-m analysis.responses" in main_job
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == tests
+
+
+def test_the_readmes_options_exist():
+    from analysis.responses import make_parser
+
+    options = {option for action in make_parser()._actions for option in action.option_strings}
+    used = set(re.findall(r"(?<!\S)--[a-z-]+", COMMANDS[0].split("analysis.responses")[1]))
+    assert used
+    assert used <= options
+
+
+def test_no_function_bears_the_name_of_a_module():
+    modules = {path.stem for path in MODULES} - {"__init__"}
+    functions = {
+        node.name
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert not modules & functions
+
+
+def test_data_flows_one_way():
+    """models and plots know nothing of each other nor of analysis."""
+    for path in MODULES:
+        imported = set(re.findall(r"^\s*(?:from|import) (analysis|models|plots)\b", path.read_text(), re.MULTILINE))
+        if path.parent.name != "analysis":
+            assert imported <= {path.parent.name}, path
+
+
+def test_every_test_file_mirrors_a_module():
+    modules = {f"{path.parent.name}/test_{path.stem}.py" for path in MODULES}
+    tests = {f"{path.parent.name}/{path.name}" for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert tests <= modules
+
+
+@pytest.mark.parametrize("command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]], ids=" ".join)
+def test_style_and_types(command):
+    run = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
