@@ -10,7 +10,9 @@ therefore has
 
     std^2 = within^2 + between^2,  within^2 = mean_c(gamma^2 sigma^2 / (sigma^2 + epsilon)),  between^2 = var_c(beta)
 
-by the law of total variance. BN records augmented training images, so measurements on other images differ a little.
+by the law of total variance. BN records augmented training images, so measurements on other images differ: on two
+public checkpoints of 20 and 56 layers by 4.5 and 5.0 % in the mean over layers, in the worst layer of the latter by
+30 % (10,000 test images; tests/analysis/test_responses.py).
 """
 
 from __future__ import annotations
