@@ -71,7 +71,7 @@ def test_the_main_job_on_real_input(akamaster, shared_cifar10, tmp_path, capsys,
     assert means["resnet-56"] == pytest.approx(0.4539, abs=5e-5)
     formula = pd.concat([closed_form(checkpoints.load(path).model) for path in akamaster.values()], ignore_index=True)
     difference = (formula["std"] / frame["std"] - 1).abs().groupby(frame["network"])
-    assert difference.mean().tolist() == pytest.approx([0.045, 0.050], abs=5e-4)  # as README and models/batchnorm.py say
+    assert difference.mean().tolist() == pytest.approx([0.045, 0.050], abs=5e-4)  # see README
     assert difference.max()["resnet-56"] == pytest.approx(0.30, abs=5e-3)
     entries = json.loads((out / "responses.json").read_text())
     for name, accuracy in (("resnet-20", 0.9173), ("resnet-56", 0.9339)):
