@@ -226,7 +226,8 @@ def state_of(network):
     tensors = {name: (tensor, tensor.clone()) for name, tensor in network.state_dict(keep_vars=True).items()}
     flags = [module.training for module in network.modules()]
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in network.modules()]
-    return tensors, flags, hooks, torch.is_grad_enabled(), torch.backends.cudnn.allow_tf32
+    tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    return tensors, flags, hooks, torch.is_grad_enabled(), tf32
 
 
 def assert_unchanged(network, before):
@@ -253,7 +254,10 @@ def failing_batches():
 
 
 @pytest.mark.parametrize("gradients", [True, False])
-def test_measuring_leaves_a_network_as_it_was(gradients):
+@pytest.mark.parametrize("tf32", [True, False])
+def test_measuring_leaves_a_network_as_it_was(gradients, tf32, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
     network = mixed_modes()
     with torch.set_grad_enabled(gradients):
         before = state_of(network)

@@ -216,11 +216,11 @@ def test_the_real_images_are_complete_and_exact(shared_cifar10, split):
 def test_decoded_images_are_kept_until_the_files_change(tmp_path, monkeypatch):
     folder = class_folders(tmp_path)
     first = cifar10.load(folder)
-    monkeypatch.setattr(Image, "open", None)  # decoding again would fail
-    again = cifar10.load(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", None)  # decoding again would fail
+        again = cifar10.load(folder)
     assert np.array_equal(again.images, first.images)
     assert np.array_equal(again.labels, first.labels)
-    monkeypatch.undo()
     write_parquet(folder, slice(3), "test.parquet")
     assert len(cifar10.load(folder).images) == 3
 

@@ -32,12 +32,12 @@ def crops(x):
             yield np.ascontiguousarray(cut[:, :, ::-1]).tobytes()
 
 
-def test_a_crop_is_one_of_the_162_possible_ones_and_all_kinds_occur():
-    x = torch.from_numpy(IMAGES).permute(0, 3, 1, 2).contiguous()
-    cut = random_crop(x, torch.Generator().manual_seed(0)).contiguous()
-    places = [list(crops(image.numpy())).index(c.numpy().tobytes()) for image, c in zip(x, cut, strict=True)]
-    assert len(set(places)) > 30
-    assert 10 < sum(place % 2 for place in places) < 40  # flipped
+def test_every_crop_is_one_of_the_162_possible_ones_and_each_of_them_occurs():
+    image = torch.from_numpy(IMAGES[0]).permute(2, 0, 1).contiguous()
+    cut = random_crop(image.expand(4000, 3, 32, 32), torch.Generator().manual_seed(0)).contiguous()
+    possible = set(crops(image.numpy()))
+    assert len(possible) == 162
+    assert {crop.numpy().tobytes() for crop in cut} == possible
 
 
 def test_black_padding_is_black_and_zero_padding_is_zero():
