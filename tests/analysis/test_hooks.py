@@ -248,16 +248,23 @@ def mixed_modes():
     return network
 
 
+@pytest.fixture(params=[True, False], ids=["TF32", "no TF32"])
+def tf32(request):
+    """Torch's setting for GPUs, which a test shall find as it left it."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = request.param
+    yield
+    matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
 def failing_batches():
     yield torch.randn(2, 3, 32, 32)
     raise OSError("the disk is gone")
 
 
 @pytest.mark.parametrize("gradients", [True, False])
-@pytest.mark.parametrize("tf32", [True, False])
-def test_measuring_leaves_a_network_as_it_was(gradients, tf32, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
+def test_measuring_leaves_a_network_as_it_was(gradients, tf32):
     network = mixed_modes()
     with torch.set_grad_enabled(gradients):
         before = state_of(network)

@@ -1,0 +1,163 @@
+"""Train the paper's CIFAR-10 networks by the paper's recipe. Killed at any moment, the same command goes on.
+
+    python -m models.train --depth 20 --kind residual --data path/to/cifar10 --out runs
+
+models.recipe holds what is trained and how, models.training what is kept in a run's folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from models.recipe import DECAY, WARM_UP_DEPTH, Fault, Recipe
+
+if TYPE_CHECKING:  # torch takes seconds to import, and --help does not need it: functions import it
+    from models.cifar10 import Cifar10
+
+
+@contextmanager
+def signals() -> Iterator[Callable[[], int]]:
+    """A function that gives the number of the SIGTERM or SIGINT that came, or 0."""
+    came: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if came:
+            raise KeyboardInterrupt  # the second one does not wait for the iteration to end
+        came.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: came[0] if came else 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def load_data(path: Path | None) -> tuple[Cifar10, Cifar10]:
+    """The training and the test images. Fault unless they are complete and exact."""
+    from models import cifar10
+
+    try:
+        train, test = cifar10.load(path, "train"), cifar10.load(path, "test")
+    except (OSError, ValueError) as error:
+        raise Fault(str(error), 2) from error
+    for split in (train, test):
+        if not split.exact:
+            raise Fault(f"training needs all of CIFAR-10: {split.describe()}", 2)
+    return train, test
+
+
+def choose_device(name: str) -> str:
+    import torch
+
+    if name not in ("auto", "cpu", "cuda"):
+        raise Fault(f"--device {name}: unknown; one of auto, cpu, cuda (CUDA_VISIBLE_DEVICES says which GPU)", 2)
+    if name == "cuda" and not torch.cuda.is_available():
+        raise Fault("--device cuda: torch finds no GPU here; --device cpu trains without one", 2)
+    return "cuda" if torch.cuda.is_available() and name != "cpu" else "cpu"
+
+
+def choose_precision(name: str, device: str) -> str:
+    """bfloat16 where the device computes in it; where it is emulated it is many times slower than float32."""
+    import torch
+
+    if name != "auto":
+        return name
+    if device == "cuda":
+        native = torch.cuda.get_device_capability() >= (8, 0)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if native else "float32"
+
+
+def recipes(args: argparse.Namespace) -> list[Recipe]:
+    """The runs that the command asks for; without --kind no plain network as deep as plain-110, as in Fig. 7."""
+    from models.resnet import check_depth
+
+    for option, values, least in (
+        ("iterations", [args.iterations], 1),
+        ("snapshots", [args.snapshots], 0),
+        ("seed", args.seed, 0),
+    ):
+        if min(values) < least:
+            raise Fault(f"--{option} {min(values)}: must be {least} or more", 2)
+    for depth in args.depth:
+        try:
+            check_depth(depth)
+        except ValueError as error:
+            raise Fault(f"--depth {depth}: {error}", 2) from error
+    device = choose_device(args.device)
+    common = {"iterations": args.iterations, "decay": args.decay, "snapshots": args.snapshots, "device": device}
+    common["precision"] = choose_precision(args.precision, device)
+    return [
+        Recipe(kind, depth, seed=seed, **common)
+        for seed in args.seed
+        for depth in args.depth
+        for kind in args.kind or ("residual", "plain")
+        if args.kind or kind == "residual" or depth < WARM_UP_DEPTH
+    ]
+
+
+def train_all(args: argparse.Namespace) -> None:
+    """Train what is asked for, one after another, but for what is finished."""
+    from models import training
+
+    data = functools.cache(load_data)
+    for recipe in recipes(args):
+        folder = args.out / recipe.label
+        finished = folder / f"{recipe.network}.safetensors"
+        training.check_folder(recipe, folder)
+        if finished.exists():
+            print(f"{recipe.label}: finished before, skipped ({finished})")
+            continue
+        train, test = data(args.data)
+        with signals() as stop:
+            outcome = training.run(recipe, train, test, folder, stop)
+        print(f"{recipe.label}: {outcome} ({finished})", flush=True)
+        if number := stop():
+            raise training.stopped(number, f"{folder} is finished")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m models.train",
+        description="Train the CIFAR-10 networks of He et al., CVPR 2016, by the paper's recipe. An interrupted run "
+        "goes on where it was, a finished one is skipped.",
+    )
+    add = parser.add_argument
+    add("--depth", type=int, nargs="+", default=[20, 56, 110], metavar="N", help="6n + 2 layers (20 56 110)")
+    add("--kind", nargs="+", choices=("residual", "plain"), help="default: both, but for plain-110")
+    add("--out", type=Path, default=Path("runs"), help="folder of the runs' folders (runs)")
+    add("--data", type=Path, metavar="PATH", help="CIFAR-10, in any layout; otherwise it is looked for, or downloaded")
+    add("--iterations", type=int, default=64_000, metavar="N", help="of 128 images (64000)")
+    add("--decay", choices=DECAY, default="weights", help="weights (default): not BN's gamma and beta")
+    add("--seed", type=int, nargs="+", default=[0], metavar="N", help="(0)")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 where native")
+    add("--snapshots", type=int, default=9, metavar="K", help="kept networks, first and last included (9)")
+    add("--debug", action="store_true", help="show where a fault comes from")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; its exit status."""
+    args = parse(argv)
+    try:
+        train_all(args)
+    except (Fault, OSError, KeyboardInterrupt) as error:
+        if args.debug:
+            raise
+        print(f"models.train: {str(error) or 'stopped by SIGINT'}", file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "status", 1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
