@@ -321,9 +321,7 @@ def test_precision_is_that_of_the_convolutions(precision):
     recipe, seen = replace(SMALL, precision=precision), []
     network = new_network(recipe)
     network.layer3[0].conv2.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    loss, _ = new_step(network, new_optimizer(network, recipe), recipe)(
-        torch.randn(4, 3, 32, 32), torch.arange(4)
-    )
+    loss, _ = new_step(network, new_optimizer(network, recipe), recipe)(torch.randn(4, 3, 32, 32), torch.arange(4))
     assert seen == [getattr(torch, precision)]
     assert loss.dtype == torch.float32
 
