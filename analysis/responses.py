@@ -126,13 +126,13 @@ def run(args: argparse.Namespace) -> None:
         network.label: describe_network(args, network, frame, data)
         for network, frame in zip(networks, frames, strict=True)
     }
-    print_table(networks, frames)
-    for frame in frames:
-        frame.attrs.clear()
+    accuracies = [frame.attrs.pop("accuracy", None) for frame in frames]
     frame = pd.concat(frames, ignore_index=True)
-    print_claims(frame)
     figure = draw_fig7(frame, None if args.no_paper else curves())
-    write_all(args.out, args.format, frame, provenance, figure)
+    written = write_all(args.out, args.format, frame, provenance, figure)
+    print_table(frames, accuracies)
+    print_claims(frame)
+    print("\n" + "\n".join(f"wrote {path}" for path in written))
 
 
 def check_folder(folder: Path) -> None:
@@ -299,19 +299,19 @@ def versions() -> dict[str, str]:
         return {"layer-responses": "not installed"} | known
 
 
-def print_table(networks: list[Network], frames: list[pd.DataFrame]) -> None:
+def print_table(frames: list[pd.DataFrame], accuracies: list[float | None]) -> None:
     """One line a network: layers, accuracy, std, and how far it is from the paper."""
     import pandas as pd
 
     from analysis.paper import against_paper
 
     rows = []
-    for network, frame in zip(networks, frames, strict=True):
-        std, accuracy = frame["std"], frame.attrs.get("accuracy")
+    for frame, accuracy in zip(frames, accuracies, strict=True):
+        std = frame["std"]
         [paper] = against_paper(frame).itertuples()
         rows.append(
             {
-                "network": network.label,
+                "network": paper.network,
                 "layers": len(std),
                 "accuracy %": "-" if accuracy is None else f"{100 * accuracy:.2f}",
                 "mean std": f"{std.mean():.4f}",
@@ -335,8 +335,8 @@ def print_claims(frame: pd.DataFrame) -> None:
 
 def write_all(
     folder: Path, formats: list[str], frame: pd.DataFrame, provenance: dict[str, Any], figure: Figure
-) -> None:
-    """Write the frame, its provenance and the figure: all of them, or none."""
+) -> list[Path]:
+    """Write the frame, its provenance and the figure: all of them, or none. Returns their paths."""
     import matplotlib as mpl
 
     from models.files import replacing
@@ -349,7 +349,7 @@ def write_all(
         document.write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
         for image in images:
             figure.savefig(image, dpi=300, metadata=UNDATED.get(image.suffix))
-    print("\n" + "\n".join(f"wrote {folder / name}" for name in names))
+    return [folder / name for name in names]
 
 
 if __name__ == "__main__":
