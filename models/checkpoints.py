@@ -155,6 +155,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         card = json.loads(metadata.get("card", "{}"))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: damaged or truncated safetensors file ({error})") from error
+    if not isinstance(card, dict):
+        raise ValueError(f"{path}: the card in its metadata is no JSON object, so it is not one of ours")
     return tensors, card
 
 

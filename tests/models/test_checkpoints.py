@@ -175,6 +175,11 @@ def card_without_json(path, network):
     return path / "a.safetensors"
 
 
+def card_of_another_kind(path, network):
+    save_file(network.state_dict(), path / "a.safetensors", metadata={"card": "[1]"})
+    return path / "a.safetensors"
+
+
 def projections_called_plain(path, network):
     return save_as("a.pt")(path, build("resnet-8", shortcut="B").state_dict())
 
@@ -187,6 +192,7 @@ BAD = {
     "truncated": (cut_file, "a.pt: not a checkpoint, damaged or truncated"),
     "truncated safetensors": (cut_safetensors, "a.safetensors: damaged or truncated safetensors file"),
     "card": (card_without_json, "a.safetensors: damaged or truncated safetensors file"),
+    "card of another kind": (card_of_another_kind, "a.safetensors: the card in its metadata is no JSON object"),
     "code": (lambda p, n: save_as("a.pt")(p, {"state_dict": Evil()}),
              "a.pt: refused: it asks for posix.system, which could run code, and only tensors are read; save it again "
              "with torch.save(model.state_dict(), ...)"),
