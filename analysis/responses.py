@@ -1,5 +1,6 @@
 """Fig. 7 from trained networks: the std of every 3x3 layer's response, as a frame, a figure and a table.
 
+    python -m analysis.responses --depth 20 56 110
     python -m analysis.responses --checkpoint resnet-20=resnet20-12fca82f.th --data cifar-10-python.tar.gz
 
 writes responses.csv, responses.json (where the numbers come from) and fig7.png/.pdf into --out, and says how far each
@@ -27,6 +28,8 @@ if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help 
     from models.cifar10 import Cifar10
     from models.preprocess import Preprocessing
 
+PAPER_DEPTHS = [20, 56, 110]
+PAPER_ITERATIONS = 64_000
 UNDATED = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}  # the same figure gives the same bytes
 
 
@@ -63,8 +66,10 @@ def make_parser() -> argparse.ArgumentParser:
         "Fig. 7 of He et al., CVPR 2016.",
     )
     add = parser.add_argument
-    add("--depth", type=positive, nargs="+", metavar="N", help="depths of shipped networks (there are none yet)")
-    add("--kind", choices=("residual", "plain"), nargs="+", help="of shipped networks; or what the checkpoints are")
+    add("--depth", type=positive, nargs="+", metavar="N", help="depths of shipped networks (default, where no "
+        "checkpoint is named: 20 56 110)")  # fmt: skip
+    add("--kind", choices=("residual", "plain"), nargs="+", help="kinds of shipped networks (default: both, but for "
+        "plain-110, as in the paper); without any, what the checkpoints are")  # fmt: skip
     add("--checkpoint", nargs="+", default=[], metavar="[LABEL=]PATH", help="files of trained networks")
     add("--source", choices=("hooks", "batchnorm"), help="measure on images, or compute from BN's tensors alone "
         "(default: hooks, and batchnorm where there are no images)")  # fmt: skip
@@ -93,12 +98,9 @@ def positive(text: str) -> int:
 
 def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with argparse's usage line and status 2 where options do not go together."""
-    if args.depth or not args.checkpoint:
-        parser.error(
-            "no networks are shipped yet, so --depth has none to choose from; name a trained network: "
-            "--checkpoint resnet-20=PATH"
-        )
-    if args.kind and len(args.kind) > 1:
+    if args.depth is None:
+        args.depth = [] if args.checkpoint else PAPER_DEPTHS
+    if args.kind and len(args.kind) > 1 and not args.depth:
         parser.error("--kind: one kind at a time where it says what the checkpoints are")
     from models.preprocess import PER_PIXEL, PRESETS
 
@@ -128,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
     }
     accuracies = [frame.attrs.pop("accuracy", None) for frame in frames]
     frame = pd.concat(frames, ignore_index=True)
-    figure = draw_fig7(frame, None if args.no_paper else curves())
+    figure = draw_fig7(frame, None if args.no_paper else curves(), note=short_runs(networks))
     written = write_all(args.out, args.format, frame, provenance, figure)
     print_table(frames, accuracies)
     print_claims(frame)
@@ -168,9 +170,8 @@ def find_data(args: argparse.Namespace) -> Cifar10 | None:
 def load_networks(args: argparse.Namespace, data: Cifar10 | None) -> list[Network]:
     """Read all checkpoints, say what each is and how that is known, and give each a label of its own."""
     networks: list[Network] = []
-    for item in args.checkpoint:
-        label, path = split_label(item)
-        checkpoint = load_checkpoint(args, label, path, data)
+    for label, path, kind in [*find_shipped(args), *find_checkpoints(args)]:
+        checkpoint = load_checkpoint(args, label, path, kind, data)
         taken = {network.label for network in networks}
         if label is None:
             label = checkpoint.model.config.name
@@ -179,13 +180,62 @@ def load_networks(args: argparse.Namespace, data: Cifar10 | None) -> list[Networ
             raise ValueError(f"two networks are called {label}: name them, --checkpoint LABEL=PATH LABEL=PATH")
         networks.append(Network(label, checkpoint))
         config, how = checkpoint.model.config, checkpoint.how
-        print(f"{label}: network {config.name} ({how['kind']})")
+        iterations = trained(checkpoint)
+        length = "" if iterations is None else f", trained for {iterations:,} iterations"
+        print(f"{label}: network {config.name} ({how['kind']}){length}")
         if data is not None and checkpoint.preprocessing is not None:
             name, padding = checkpoint.preprocessing.name, checkpoint.crop_padding
             print(f"{label}: preprocessing {name}, {padding} padding in training ({how['preprocessing']})")
         for warning in checkpoint.warnings:
             print(f"warning: {label}: {warning}", file=sys.stderr)
     return networks
+
+
+def find_shipped(args: argparse.Namespace) -> list[tuple[str | None, Path, str | None]]:
+    """The label, the file and the kind of every shipped network that is asked for; a line for each that is not there.
+
+    Raises ValueError where there is none of them, and no checkpoint to draw in their place.
+    """
+    from models import zoo
+    from models.resnet import network_name
+
+    found: list[tuple[str | None, Path, str | None]] = []
+    missing: list[str] = []
+    for kind in dict.fromkeys(args.kind or ("plain", "residual")):
+        for depth in dict.fromkeys(args.depth):
+            name = network_name(kind, depth)
+            if kind == "plain" and depth >= max(PAPER_DEPTHS) and not args.kind:
+                continue  # the paper leaves it out: its training error is above 60 %
+            if name in zoo.shipped():
+                found.append((name, zoo.find(name), None))
+            else:
+                missing.append(not_shipped(name, kind, depth))
+    if missing and not found and not args.checkpoint:
+        raise ValueError(missing[0])
+    for line in missing:
+        print(line, file=sys.stderr)
+    return found
+
+
+def not_shipped(name: str, kind: str, depth: int) -> str:
+    """A line that says so, and how to come by the network."""
+    from models import zoo
+    from models.resnet import check_depth
+
+    try:
+        check_depth(depth)
+    except ValueError as error:
+        return f"--depth {depth}: {error}"
+    shipped = ", ".join(zoo.shipped()) or "none"
+    return (
+        f"{name} is not shipped (there are: {shipped}); python -m models.train --depth {depth} --kind {kind} makes it"
+    )
+
+
+def find_checkpoints(args: argparse.Namespace) -> list[tuple[str | None, Path, str | None]]:
+    """The label, the file and the kind of every checkpoint, where they are said."""
+    kind = args.kind[0] if args.kind and not args.depth else None
+    return [(*split_label(item), kind) for item in args.checkpoint]
 
 
 def split_label(item: str) -> tuple[str | None, Path]:
@@ -196,12 +246,13 @@ def split_label(item: str) -> tuple[str | None, Path]:
     return label or None, Path(path)
 
 
-def load_checkpoint(args: argparse.Namespace, label: str | None, path: Path, data: Cifar10 | None) -> Checkpoint:
+def load_checkpoint(
+    args: argparse.Namespace, label: str | None, path: Path, kind: str | None, data: Cifar10 | None
+) -> Checkpoint:
     """Read one checkpoint; where nothing else says whether it is residual or plain, its label does."""
     from models.checkpoints import load
     from models.resnet import parse_name
 
-    kind = args.kind[0] if args.kind else None
     normalize = None if args.normalize == "auto" else args.normalize
     checkpoint = load(path, kind=kind, normalize=normalize, images=None if data is None else data.images)
     try:
@@ -214,6 +265,27 @@ def load_checkpoint(args: argparse.Namespace, label: str | None, path: Path, dat
     if named != (config.kind, config.depth):
         checkpoint.warnings.append(f"the label says {label}, the file holds {config.name}")
     return checkpoint
+
+
+def trained(checkpoint: Checkpoint) -> int | None:
+    """For how many iterations, where the file has a card of our trainer that says so."""
+    training = checkpoint.card.get("training")
+    iterations = training.get("iterations") if isinstance(training, dict) else None
+    return iterations if isinstance(iterations, int) else None
+
+
+def short_runs(networks: list[Network]) -> str:
+    """Which networks were trained for less than the paper's number of iterations, in words for the figure."""
+    lengths: dict[int, list[str]] = {}
+    for network in networks:
+        iterations = trained(network.checkpoint)
+        if iterations and iterations < PAPER_ITERATIONS:
+            lengths.setdefault(iterations, []).append(network.label)
+    return "\n".join(
+        f"{'all networks' if len(labels) == len(networks) else ', '.join(labels)} trained for {iterations:,} "
+        f"of the paper's {PAPER_ITERATIONS:,} iterations"
+        for iterations, labels in sorted(lengths.items())
+    )
 
 
 def measure_all(args: argparse.Namespace, networks: list[Network], data: Cifar10 | None) -> list[pd.DataFrame]:

@@ -25,12 +25,13 @@ RIGHT = {1: 0.62, 2: 0.35}  # where a legend of one or two columns begins, as a 
 ORDERS = ("original", "sorted by magnitude")
 
 
-def draw_fig7(frame: pd.DataFrame, paper: pd.DataFrame | None = None) -> Figure:
+def draw_fig7(frame: pd.DataFrame, paper: pd.DataFrame | None = None, note: str = "") -> Figure:
     """Draw the two panels of the paper's Fig. 7 at the width of one column.
 
     frame: columns network, kind, depth, layer, std, source; one curve a network, in the order of the frame. paper:
     columns kind, depth, layer, std; its curves are drawn behind, thin and pale, where the frame has a network of that
-    kind and depth. Returns a figure that belongs to no window. Raises ValueError for an empty frame.
+    kind and depth. note: stands below the figure. Returns a figure that belongs to no window. Raises ValueError for an
+    empty frame.
     """
     if frame.empty:
         raise ValueError("an empty frame: there is nothing to draw")
@@ -42,8 +43,11 @@ def draw_fig7(frame: pd.DataFrame, paper: pd.DataFrame | None = None) -> Figure:
             for network, layers in frame.groupby("network", sort=False):
                 panel.plot(*curve(layers, order), **look[str(network)])
             finish(panel, order, shown)
+        notes = [note] if note else []
         if (frame["source"] == "batchnorm").any():
-            figure.supxlabel("closed form from BN's tensors, not measured on images", fontsize=6.5, style="italic")
+            notes.insert(0, "closed form from BN's tensors, not measured on images")
+        if notes:
+            figure.supxlabel("\n".join(notes), fontsize=6.5, style="italic")
     return figure
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 import analysis
 from analysis.frame import COLUMNS
 from analysis.responses import main, split_label
-from models import build, checkpoints, cifar10, closed_form
+from models import build, checkpoints, cifar10, closed_form, zoo
 from models.layouts import CLASSES
 from models.preprocess import PRESETS
 from tests.conftest import ROOT
@@ -321,8 +321,6 @@ BAD = {
     "split": (good, {"--split": lambda p: "val"}, "argument --split: invalid choice: 'val' (choose from "),
     "preset": (good, {"--normalize": lambda p: "mnist"}, "--normalize: unknown preset 'mnist'; one of auto, imagenet, "
                "cifar10, cifar10-2, [-1,1], [0,1], per-pixel"),
-    "depth": (good, {"--depth": lambda p: 20}, "no networks are shipped yet, so --depth has none to choose from; name "
-              "a trained network: --checkpoint resnet-20=PATH"),
 }  # fmt: skip
 
 
@@ -332,8 +330,6 @@ def test_bad_input(checkpoint, options, message, files, images, tmp_path, capsys
     (tmp_path / "out" / "responses.csv").write_text("from an earlier run")
     words = {"--checkpoint": checkpoint(tmp_path, files), "--data": images, "--out": tmp_path / "out"}
     words |= {option: value(tmp_path) for option, value in options.items()}
-    if options.get("--depth"):
-        del words["--checkpoint"]
     status = run(*(str(word) for pair in words.items() for word in pair))
     shown = capsys.readouterr().err
     assert status == 2
@@ -397,6 +393,65 @@ def test_help_does_not_wait_for_torch():
     assert "--checkpoint [LABEL=]PATH" in run.stdout
 
 
-def test_depths_parse_as_in_the_paper(capsys):
-    assert run("--depth", 20, 56, 110) == 2
-    assert "no networks are shipped yet" in capsys.readouterr().err
+# Shipped networks
+
+
+@pytest.fixture
+def shelf(files, tmp_path, monkeypatch):
+    """A zoo of our own: shipped are plain-8 and resnet-8 and -14, of 1,000 iterations."""
+    folder = tmp_path / "zoo"
+    folder.mkdir()
+    for name, path in files.items():
+        checkpoint = checkpoints.load(path)
+        card = {"iterations": 64_000 if name == "resnet-14" else 1_000}
+        checkpoints.save(folder / path.name, checkpoint.model, PRESETS["imagenet"], crop_padding="none", training=card)
+    monkeypatch.setattr(zoo, "__file__", str(folder / "__init__.py"))
+    return folder
+
+
+def drawn(out):
+    return pd.read_csv(out / "responses.csv")["network"].drop_duplicates().tolist()
+
+
+def test_depth_and_kind_choose_among_the_shipped_networks(shelf, images, tmp_path, capsys):
+    words = ("--data", images, "--out", tmp_path, "--format", "svg")
+    assert run("--depth", 8, 14, 8, *words) == 0
+    assert drawn(tmp_path) == ["plain-8", "resnet-8", "resnet-14"]
+    shown = capsys.readouterr()
+    assert shown.err == (
+        "plain-14 is not shipped (there are: plain-8, resnet-8, resnet-14); "
+        "python -m models.train --depth 14 --kind plain makes it\n"
+    )
+    assert "plain-8: network plain-8 (card, misfit 0.00), trained for 1,000 iterations\n" in shown.out
+    note = "plain-8, resnet-8 trained for 1,000 of the paper's 64,000 iterations"
+    assert note in (tmp_path / "fig7.svg").read_text()
+    assert run("--depth", 14, 8, "--kind", "residual", *words) == 0
+    assert drawn(tmp_path) == ["resnet-14", "resnet-8"]
+
+
+def test_shipped_networks_beside_a_checkpoint(shelf, files, images, tmp_path, capsys):
+    words = ("--data", images, "--out", tmp_path, "--format", "svg")
+    assert run("--depth", 8, "--kind", "plain", "--checkpoint", f"mine={files['resnet-14']}", *words) == 0
+    assert drawn(tmp_path) == ["plain-8", "mine"]
+    assert pd.read_csv(tmp_path / "responses.csv").groupby("network")["kind"].first()["mine"] == "residual"
+    assert run("--depth", 32, "--checkpoint", f"mine={files['resnet-14']}", *words) == 0
+    assert drawn(tmp_path) == ["mine"]
+    assert "plain-32 is not shipped" in capsys.readouterr().err
+
+
+def test_plain_110_is_left_out_unless_it_is_asked_for(shelf, tmp_path, capsys):
+    words = ("--source", "batchnorm", "--out", tmp_path)
+    assert run("--depth", 8, 110, *words) == 0
+    assert "plain-110" not in capsys.readouterr().err
+    assert run("--depth", 8, 110, "--kind", "residual", "plain", *words) == 0
+    assert "plain-110 is not shipped" in capsys.readouterr().err
+
+
+def test_none_of_the_networks_is_shipped(shelf, tmp_path, capsys):
+    assert run("--depth", 21, "--out", tmp_path / "out") == 2
+    assert "error: --depth 21: no CIFAR-10 network has 21 layers: a depth is 6n + 2; the nearest are 20 and 26" in (
+        capsys.readouterr().err
+    )
+    assert run("--out", tmp_path / "out") == 2  # as with --depth 20 56 110
+    assert "error: plain-20 is not shipped (there are: plain-8, resnet-8, resnet-14)" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []

@@ -107,6 +107,12 @@ def test_the_closed_form_is_named_in_the_figure():
     assert draw_fig7(FRAME).get_supxlabel() == ""
 
 
+def test_a_note_stands_below_the_figure():
+    assert draw_fig7(FRAME, note="short runs").get_supxlabel() == "short runs"
+    both = draw_fig7(FRAME.assign(source="batchnorm"), note="short runs").get_supxlabel()
+    assert both == "closed form from BN's tensors, not measured on images\nshort runs"
+
+
 def test_text_is_text_and_the_same_figure_gives_the_same_bytes():
     svg = save(draw_fig7(FRAME, curves()), "svg")
     assert b">layer index (original)</text>" in svg
