@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
-from plots.fig7 import draw_fig7
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from plots.fig7 import draw_fig7
 
 __all__ = ["draw_fig7"]
+
+HOMES = {"draw_fig7": "plots.fig7"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import matplotlib when it is needed: it takes a second, and --help does without."""
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(HOMES[name]), name)
