@@ -17,9 +17,11 @@ public checkpoints of 20 and 56 layers by 4.5 and 5.0 % in the mean over layers,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -28,50 +30,87 @@ if TYPE_CHECKING:
 EPSILON = 1e-5  # torch's default; a state dict does not say it
 
 
-def closed_form(network: nn.Module | Mapping[str, Tensor]) -> pd.DataFrame:
+def closed_form(network: nn.Module | Mapping[str, Tensor], kernel_size: tuple[int, int] = (3, 3)) -> pd.DataFrame:
     """The std of every 3x3 layer's response, computed from BN's tensors.
 
-    network: a network or a state dict whose 3x3 convolutions are each followed by their BN in the order of the state
-    dict, as in all ResNets of torchvision's layout. Returns a frame, one row a layer: layer, name, norm, stage (it
-    changes where the number of channels does), channels, mean, std, within, between. Raises ValueError where no
-    convolution is followed by a BN of as many channels.
+    network: a network, or a state dict of any network whose convolutions and BNs bear the usual names. kernel_size: of
+    the convolutions. Returns a frame, one row a layer: layer, name, norm, stage (it changes where the number of
+    channels does), channels, mean, std, within, between. Which BN follows a convolution is read off names, channels
+    and the order of the tensors (see `pair_by_name`); `frame.attrs["ambiguous"]` lists the pairs for which these do not
+    agree. Raises ValueError where no convolution of that kernel is followed by a BN of as many channels.
     """
     import pandas as pd
 
     state = network.state_dict() if isinstance(network, nn.Module) else network
     modules = dict(network.named_modules()) if isinstance(network, nn.Module) else {}
     rows: list[dict[str, object]] = []
+    ambiguous: list[str] = []
     stage, last_channels = 0, None
-    for layer, (name, norm) in enumerate(conv_norm_names(state), start=1):
-        gamma, beta = state[f"{norm}.weight"].double(), state[f"{norm}.bias"].double()  # (C,)
-        variance = state[f"{norm}.running_var"].double()
-        epsilon = getattr(modules.get(norm), "eps", EPSILON)
-        within2 = (gamma.square() * variance / (variance + epsilon)).mean().item()
-        between2 = beta.var(correction=0).item()
-        stage += len(beta) != last_channels
-        last_channels = len(beta)
-        row = {"layer": layer, "name": name, "norm": norm, "stage": stage, "channels": len(beta)}
-        spread = {"std": (within2 + between2) ** 0.5, "within": within2**0.5, "between": between2**0.5}
-        rows.append(row | {"mean": beta.mean().item()} | spread)
+    for name, norm, certain in pair_by_name(state):
+        if state[f"{name}.weight"].shape[2:] != kernel_size:
+            continue
+        channels, spread = describe(state, norm, getattr(modules.get(norm), "eps", EPSILON))
+        stage += channels != last_channels
+        last_channels = channels
+        rows.append({"layer": len(rows) + 1, "name": name, "norm": norm, "stage": stage, "channels": channels} | spread)
+        if not certain:
+            ambiguous.append(f"{name} -> {norm}")
     if not rows:
-        raise ValueError("no 3x3 convolution followed by a BN in this state dict; its first keys: " + first_keys(state))
-    return pd.DataFrame(rows)
+        kernel = "x".join(map(str, kernel_size))
+        raise ValueError(
+            f"no {kernel} convolution followed by a BN in this state dict; its first keys: {first_keys(state)}"
+        )
+    frame = pd.DataFrame(rows)
+    frame.attrs["ambiguous"] = ambiguous
+    return frame
 
 
-def conv_norm_names(state: Mapping[str, Tensor]) -> list[tuple[str, str]]:
-    """The 3x3 convolutions of a state dict, each with the BN that follows it, in the order of the state dict."""
-    pairs = []
-    conv: str | None = None
+def describe(state: Mapping[str, Tensor], norm: str, epsilon: float) -> tuple[int, dict[str, float]]:
+    """The number of channels of a BN, and the mean, std, within and between of its output."""
+    variance = state[f"{norm}.running_var"].double()  # (C,)
+    gamma, beta = (
+        state[key].double() if (key := f"{norm}.{leaf}") in state else torch.full_like(variance, neutral)
+        for leaf, neutral in (("weight", 1.0), ("bias", 0.0))  # of a BN without affine parameters
+    )
+    within2 = (gamma.square() * variance / (variance + epsilon)).mean().item()
+    between2 = beta.var(correction=0).item()
+    spread = {"std": (within2 + between2) ** 0.5, "within": within2**0.5, "between": between2**0.5}
+    return len(beta), spread | {"mean": beta.mean().item()}
+
+
+def pair_by_name(state: Mapping[str, Tensor]) -> list[tuple[str, str, bool]]:
+    """The convolutions of a state dict, each with the BN that follows it and whether that is certain, in file order.
+
+    A BN's convolution has as many channels and comes before it. By name it is the one called alike in the same module
+    (conv2 and bn2 or norm2, conv and bn, 3 and 4 in a sequence); by order the last one with no BN between. The name
+    wins over the order. It is certain where both say the same, or where only one says anything within one module.
+    """
+    convs: dict[str, int] = {}
+    pairs: list[tuple[str, str, bool]] = []
+    last: str | None = None  # the last convolution, until a BN comes
     for key, tensor in state.items():
         module, _, leaf = key.rpartition(".")
         if leaf == "weight" and tensor.ndim == 4:
-            conv = module
-        elif leaf == "running_var" and conv is not None:
-            kernel = state[f"{conv}.weight"]  # (C, C_in / groups, H, W)
-            if kernel.shape[0] == len(tensor) and kernel.shape[2:] == (3, 3):
-                pairs.append((conv, module))
-            conv = None
+            convs[module] = len(tensor)
+            last = module
+        elif leaf == "running_var":
+            named = next((name for name in namesakes(module) if convs.get(name) == len(tensor)), None)
+            ordered = last if last is not None and convs[last] == len(tensor) else None
+            chosen = named or ordered
+            if chosen is not None:
+                alone = named is None or ordered is None
+                near = chosen.rpartition(".")[0].startswith(module.rpartition(".")[0])  # in BN's module, or inside it
+                pairs.append((chosen, module, near if alone else named == ordered))
+            last = None
     return pairs
+
+
+def namesakes(norm: str) -> list[str]:
+    """The names that a convolution before this BN may have: the usual ones."""
+    parent, dot, leaf = norm.rpartition(".")
+    if leaf.isdecimal():
+        return [f"{parent}{dot}{int(leaf) - 1}"]
+    return [parent + dot + re.sub("bn|norm", "conv", leaf)] if re.search("bn|norm", leaf) else []
 
 
 def first_keys(state: Mapping[str, Tensor], count: int = 5) -> str:

@@ -59,6 +59,71 @@ def test_other_kernels_are_left_out():
     assert closed_form(network)["name"].tolist() == ["2"]
 
 
+def names(state, **options):
+    frame = closed_form(state, **options)
+    return list(zip(frame["name"], frame["norm"], strict=True)), frame.attrs["ambiguous"]
+
+
+def module(**children):
+    """A module with these children, registered in this order."""
+    result = nn.Module()
+    for name, child in children.items():
+        result.add_module(name, child)
+    return result
+
+
+def conv(*channels, kernel=3, groups=1):
+    return nn.Conv2d(*channels, kernel, groups=groups)
+
+
+def test_a_sequence():
+    state = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), nn.ReLU(), conv(4, 6), nn.BatchNorm2d(6)).state_dict()
+    assert names(state) == ([("0", "1"), ("3", "4")], [])
+
+
+def test_convolutions_registered_before_all_bns_are_paired_by_name_and_called_ambiguous_where_order_says_otherwise():
+    state = module(conv1=conv(3, 4), conv2=conv(4, 4), bn1=nn.BatchNorm2d(4), bn2=nn.BatchNorm2d(4)).state_dict()
+    assert names(state) == ([("conv1", "bn1"), ("conv2", "bn2")], ["conv1 -> bn1"])
+
+
+def test_a_dense_layer_where_bn_comes_before_the_convolution_of_its_name():
+    """DenseNet: norm1, conv1, norm2, conv2; only conv1's output goes into a BN."""
+    layer = module(norm1=nn.BatchNorm2d(3), conv1=conv(3, 4), norm2=nn.BatchNorm2d(4), conv2=conv(4, 8))
+    assert names(layer.state_dict()) == ([("conv1", "norm2")], [])
+
+
+def test_a_pre_activation_network_is_called_ambiguous():
+    """The last convolution of a block feeds an addition, though a BN comes next in the file."""
+    blocks = [
+        module(bn1=nn.BatchNorm2d(4), conv1=conv(4, 4), bn2=nn.BatchNorm2d(4), conv2=conv(4, 4)) for _ in range(2)
+    ]
+    assert names(nn.Sequential(*blocks).state_dict()) == (
+        [("0.conv1", "0.bn2"), ("0.conv2", "1.bn1"), ("1.conv1", "1.bn2")], ["0.conv2 -> 1.bn1"]
+    )  # fmt: skip
+
+
+def test_a_convolution_in_a_wrapper_of_its_own():
+    state = module(conv1=module(conv=conv(3, 4)), bn1=nn.BatchNorm2d(4)).state_dict()
+    assert names(state) == ([("conv1.conv", "bn1")], [])
+
+
+def test_other_channels_are_no_pair():
+    state = module(conv1=conv(3, 4), bn1=nn.BatchNorm2d(5), conv2=conv(4, 6), bn2=nn.BatchNorm2d(6)).state_dict()
+    assert names(state) == ([("conv2", "bn2")], [])
+
+
+def test_any_kernel_can_be_asked_for():
+    state = module(conv1=conv(3, 4, kernel=7), bn1=nn.BatchNorm2d(4), conv2=conv(4, 6, groups=2), bn2=nn.BatchNorm2d(6))
+    assert names(state.state_dict(), kernel_size=(7, 7)) == ([("conv1", "bn1")], [])
+    with pytest.raises(ValueError, match="no 5x5 convolution followed by a BN"):
+        closed_form(state, kernel_size=(5, 5))
+
+
+def test_a_bn_without_affine_parameters():
+    [row] = closed_form(nn.Sequential(conv(3, 4), nn.BatchNorm2d(4, affine=False))).to_dict("records")
+    assert (row["std"], row["between"]) == (pytest.approx(1, rel=1e-4), 0)
+
+
 def test_nothing_to_compute_names_the_keys():
     with pytest.raises(ValueError, match=r"no 3x3 convolution followed by a BN .* keys: 0.weight, 0.bias"):
         closed_form(nn.Sequential(nn.Linear(2, 2)))
