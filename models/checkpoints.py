@@ -1,62 +1,53 @@
-"""Checkpoint files: read without running code from them, recognised, and written whole with a card.
+"""Checkpoint files: recognised, made into networks, and written whole with a card.
 
     from models import load
     checkpoint = load("resnet20-12fca82f.th", images=cifar10.load().images)
     checkpoint.model(checkpoint.preprocessing(images))  # logits (N, 10)
 
-A file is .safetensors, or anything that torch.save wrote (.pt, .pth, .th, .ckpt). Depth, classes and the shortcuts of
-options B and C show in the tensors. The kind (residual with option A and plain have the same tensors) and the
-preprocessing come from the file's card, or from the caller, or are recognised by models.recognition.
+models.statedicts reads the files, without running code from them. Depth, classes, the kind of blocks and the shortcuts
+of options B and C show in the tensors. The kind (residual with option A and plain have the same tensors), the stride of
+bottlenecks and the preprocessing come from the file's card or from the caller, or models.recognition finds them.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
-import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.files import replacing, sha256
 from models.preprocess import PADDINGS, PER_PIXEL, PRESETS, Preprocessing, mean_image, per_pixel
-from models.recognition import FITS, match_network, match_preprocessing
-from models.resnet import KINDS, WIDTHS, CifarNet, Config
+from models.recognition import FITS, Match, match_network, match_preprocessing
+from models.resnet import BLOCKS, KINDS, SIZES, Config, ResNet
+from models.statedicts import EXPECTED, read, rename
 
-EXPECTED = "a checkpoint is a file of torch.save (.pt, .pth, .th, .ckpt) or a .safetensors file"
-WRAPPERS = (
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "net",
-    "network",
-    "weights",
-    "ema",
-    "state_dict_ema",
-    "model_ema",
-)
-PREFIXES = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, Lightning
-RENAMES = {"linear.": "fc.", ".shortcut.": ".downsample."}  # akamaster's names -> torchvision's
 MEAN, STD = "preprocessing.mean", "preprocessing.std"  # the tensors of the preprocessing in our own files
+WAYS = "--model FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION builds any other network, --source batchnorm needs none"
+
+
+class UnknownNetwork(ValueError):
+    """The tensors are not those of one of our networks."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A network made from a file.
 
-    model: in evaluation mode. preprocessing: None where it is not known. crop_padding: how training images were
-    padded. how: for kind and preprocessing, how they are known, in words. warnings: what does not fit, in words.
+    model: in evaluation mode; None where it is none of ours and need not be. state: the tensors of the file by name.
+    preprocessing: None where it is not known. crop_padding: how training images were padded. how: for kind and
+    preprocessing (and the copy of the weights), how they are known, in words. warnings: what does not fit, in words.
     card: what the file says of itself. digest: SHA-256 of the file.
     """
 
-    model: CifarNet
+    model: nn.Module | None
+    state: dict[str, Tensor]
     preprocessing: Preprocessing | None
     crop_padding: str | None
     how: dict[str, str]
@@ -65,52 +56,103 @@ class Checkpoint:
     path: Path
     digest: str
 
+    @property
+    def config(self) -> Config | None:
+        """Which of our networks it is, if it is one."""
+        return getattr(self.model, "config", None)
+
 
 def load(
-    path: str | Path, *, kind: str | None = None, normalize: str | None = None, images: np.ndarray | None = None
+    path: str | Path,
+    *,
+    kind: str | None = None,
+    normalize: str | None = None,
+    images: np.ndarray | None = None,
+    model: nn.Module | None = None,
+    ema: bool = False,
+    need_model: bool = True,
 ) -> Checkpoint:
     """Make a network of a checkpoint file.
 
     kind: `residual` or `plain`, and normalize: a name of `PRESETS` or `per-pixel`, win over the file's card. With
-    images (N, 32, 32, 3), uint8, what neither says is recognised, and all is checked against BN's statistics; without,
-    a network that may be either kind is taken for residual. Raises FileNotFoundError or ValueError, with the path, for
-    a file that is not there, not a checkpoint, would run code, or holds another network.
+    images (N, 32, 32, 3) or (N, 224, 224, 3), uint8, what neither says is recognised, and all is checked against BN's
+    statistics; without, a network that may be either kind is taken for residual, and one whose bottlenecks may have
+    their stride on either convolution for torchvision's. model: a network that takes the tensors, where it is none of
+    ours. ema: take the average of the weights that lies beside them. need_model: raise where the network is unknown.
+    Raises FileNotFoundError or ValueError, with the path, for a file that is not there, not a checkpoint, would run
+    code, or holds another network.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; {EXPECTED}")
-    tensors, card = read(path)
+    tensors, card, copy = read(path, ema)
     try:
-        state = clean(tensors)
-        models = [network(config, state) for config in configs(state, card, kind)]
+        state = {name: tensor for name, tensor in tensors.items() if name not in (MEAN, STD)}
+        models = [adopt(model, state)] if model else find_networks(rename(state), card, kind, need_model)
         normalisations = known_preprocessing(normalize, tensors, card, images)
+    except UnknownNetwork as error:
+        raise ValueError(f"{path}: {error}; {WAYS}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    padding = card.get("crop_padding")
-    how = {
-        "kind": "given" if kind else "card" if "kind" in card else "shortcuts" if len(models) == 1 else "assumed",
-        "preprocessing": "given" if normalize else "card" if normalisations else "unknown",
-    }
-    model, warnings = models[0], []
-    preprocessing = normalisations[0] if normalisations else None
-    if images is not None:
+    how = {"kind": known_kind(models, card, kind, model), "preprocessing": "unknown"}
+    how |= {"weights": copy} if copy else {}
+    if normalisations:
+        how["preprocessing"] = "given" if normalize else "card"
+    checkpoint = Checkpoint(
+        models[0] if models else None, state, next(iter(normalisations), None), card.get("crop_padding"),
+        how, [], card, path, sha256(path),
+    )  # fmt: skip
+    return checkpoint if images is None or not models else recognise(checkpoint, models, normalisations, images)
+
+
+def recognise(
+    checkpoint: Checkpoint, models: list[nn.Module], normalisations: list[Preprocessing], images: np.ndarray
+) -> Checkpoint:
+    """The checkpoint with what of the candidates fits the images (N, H, W, 3), and how well."""
+    small = images.shape[1:3] == (SIZES["cifar"],) * 2
+    how, padding = dict(checkpoint.how), checkpoint.crop_padding
+    warnings: list[str] = []
+    matches: list[tuple[str, Match[Any]]] = []
+    if small:
         candidates = normalisations or [*PRESETS.values(), per_pixel(mean_image(images))]
-        inputs = match_preprocessing(model, images, candidates, (padding,) if padding else PADDINGS)
+        inputs = match_preprocessing(models[0], images, candidates, (padding,) if padding else PADDINGS)
         preprocessing, padding = inputs.best
-        networks = match_network(models, images, preprocessing, padding)
-        model = networks.best
-        for what, match in (("kind", networks), ("preprocessing", inputs)):
-            known = how[what] if how[what] not in ("assumed", "unknown") else "recognised"
-            how[what] = f"{known}, {match.describe()}"
-            if not match.fits:
-                warnings.append(f"no {what} fits: {match.describe()}, where a fit is below {FITS}")
-        if warnings:
-            warnings.append("the images, the preprocessing or the network are not those of the training")
-    return Checkpoint(model, preprocessing, padding, how, warnings, card, path, sha256(path))
+        matches = [("preprocessing", inputs)]
+        if how["kind"] != "card":
+            matches.insert(0, ("kind", match_network(models, images, preprocessing, padding)))
+    else:  # random crops of random sizes, as ImageNet's training images: too few of them here to tell by
+        preprocessing = normalisations[0] if normalisations else PRESETS["imagenet"]
+        how["preprocessing"] = "assumed" if not normalisations else how["preprocessing"]
+        matches = [("kind", match_network(models, images, preprocessing, "none"))] if len(models) > 1 else []
+    for what, match in matches:
+        known = how[what] if not how[what].startswith(("assumed", "unknown")) else "recognised"
+        how[what] = f"{known}, {match.describe()}"
+        if small and not match.fits:
+            warnings.append(f"no {what} fits: {match.describe()}, where a fit is below {FITS}")
+    if warnings:
+        warnings.append("the images, the preprocessing or the network are not those of the training")
+    model = next((match.best for what, match in matches if what == "kind"), models[0])
+    return replace(
+        checkpoint, model=model, preprocessing=preprocessing, crop_padding=padding, how=how, warnings=warnings
+    )
+
+
+def known_kind(models: list[nn.Module], card: dict[str, Any], kind: str | None, model: nn.Module | None) -> str:
+    """How it is known which network the first of the candidates is, in words."""
+    if model is not None:
+        return "built by --model"
+    if not models:
+        return "unknown"
+    if kind or "kind" in card:
+        return "given" if kind else "card"
+    config: Any = models[0].config
+    if len(models) > 1 and config.images == "imagenet" and config.shortcut != "A":
+        return f"assumed v1.5, stride on the {config.stride}: the tensors do not say; --data tells"
+    return "shortcuts" if len(models) == 1 else "assumed"
 
 
 def save(
-    path: str | Path, model: CifarNet, preprocessing: Preprocessing, *, crop_padding: str, training: dict[str, Any]
+    path: str | Path, model: ResNet, preprocessing: Preprocessing, *, crop_padding: str, training: dict[str, Any]
 ) -> None:
     """Write a network with its preprocessing and its card as .safetensors, whole or not at all.
 
@@ -125,102 +167,96 @@ def save(
         save_file(tensors, temporary, metadata={"card": json.dumps(card)})
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file and its card (empty where it has none). ValueError where the file is not a checkpoint."""
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    with open(path, "rb") as file:
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # garbage makes the unpickler raise anything
-            wanted = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-            if wanted is None:
-                raise ValueError(f"{path}: not a checkpoint, damaged or truncated; {EXPECTED}") from error
-            raise ValueError(
-                f"{path}: refused: it asks for {wanted[1]}, which could run code, and only tensors are read; "
-                "save it again with torch.save(model.state_dict(), ...)"
-            ) from error
-    state = find_state_dict(content)
-    if state is None:
-        keys = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
-        raise ValueError(f"{path}: no state dict in it; looked under {', '.join(WRAPPERS)} and found {keys}")
-    return state, {}
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def find_networks(state: dict[str, Tensor], card: dict[str, Any], kind: str | None, needed: bool) -> list[nn.Module]:
+    """The networks that a state dict can be, the likeliest first; none where it is none of ours and need not be."""
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            metadata = file.metadata() or {}
-        card = json.loads(metadata.get("card", "{}"))
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: damaged or truncated safetensors file ({error})") from error
-    if not isinstance(card, dict):
-        raise ValueError(f"{path}: the card in its metadata is no JSON object, so it is not one of ours")
-    return tensors, card
-
-
-def find_state_dict(content: Any) -> dict[str, Tensor] | None:
-    """The tensors by name at the top level of what torch.save saved, or under one of the usual keys."""
-    if not isinstance(content, Mapping):
-        return None
-    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
-    if tensors:
-        return tensors
-    found = (find_state_dict(content.get(key)) for key in WRAPPERS)
-    return next((state for state in found if state is not None), None)
-
-
-def clean(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our names for the tensors of a network: no wrappers' prefixes. ValueError where a number is not finite."""
-    state = {name: tensor for name, tensor in state.items() if name not in (MEAN, STD)}
-    while prefix := next((p for p in PREFIXES if state and all(name.startswith(p) for name in state)), None):
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    for theirs, ours in RENAMES.items():
-        state = {re.sub(rf"(^|(?=\.)){re.escape(theirs)}", ours, name): tensor for name, tensor in state.items()}
-    for name, tensor in state.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"NaN or infinity in {name}: the training diverged, or the file is damaged")
-    return state
+        return [network(config, state) for config in configs(state, card, kind)]
+    except UnknownNetwork:
+        if needed:
+            raise
+        return []
 
 
 def configs(state: dict[str, Tensor], card: dict[str, Any], kind: str | None) -> list[Config]:
-    """The networks that a state dict can be, the likeliest first. ValueError where it is none of ours."""
-    blocks = [len({name.split(".")[1] for name in state if name.startswith(f"layer{i}.")}) for i in (1, 2, 3)]
-    stem, classifier = state.get("conv1.weight"), state.get("fc.weight")
-    if (
-        stem is None
-        or stem.shape != (WIDTHS[0], 3, 3, 3)
-        or classifier is None
-        or classifier.shape[1:] != WIDTHS[2:]
-        or blocks[0] == 0
-        or len(set(blocks)) > 1
-    ):
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in list(state.items())[:4])
-        raise ValueError(
-            "not a CIFAR-10 network of He et al. (conv1 of 16 channels, layer1 to layer3 with as many blocks each, "
-            f"fc with 64 inputs); it has {len(state)} tensors: {shapes}, ..."
-        )
-    depth, classes = 6 * blocks[0] + 2, len(classifier)
-    if kind is None:
-        kind = card.get("kind")
+    """The configs that a state dict can be of, the likeliest first. UnknownNetwork where it is none of ours."""
+    images, depth = layout(state)
     projections = [name.split(".")[0] for name in state if ".downsample." in name]
+    kind = kind or card.get("kind")
+    if projections and kind == "plain":
+        raise ValueError("it has shortcuts with weights (downsample), so it is residual, not plain")
     if projections:
-        if kind == "plain":
-            raise ValueError("it has shortcuts with weights (downsample), so it is residual, not plain")
-        return [Config("residual", depth, "C" if "layer1" in projections else "B", classes=classes)]
-    kinds = [kind] if kind else list(KINDS.values())
+        identity = f"layer1.{BLOCKS[depth][0] - 1 if images == 'imagenet' else 0}.downsample.0.weight"
+        kinds, shortcuts = ["residual"], ["C" if identity in state else "B"]
+    else:
+        kinds, shortcuts = [kind] if kind else list(KINDS.values()), ["A"]
+    bottleneck = "layer1.0.conv3.weight" in state
+    strides = [card["stride"]] if "stride" in card else ["3x3", "1x1"] if bottleneck else ["1x1"]
     paddings = [card["padding"]] if "padding" in card else ["both", "after"]
-    return [Config(k, depth, "A", p, classes) for k in kinds for p in (paddings if k == "residual" else paddings[:1])]
+    kinds = [k for k in kinds if not (k == "plain" and bottleneck)]
+    return [
+        Config(k, depth, shortcut, padding, len(state["fc.weight"]), images, stride)
+        for k, shortcut, stride, padding in product(kinds, shortcuts, strides, paddings)
+        if padding == paddings[0] or (k == "residual" and shortcut == "A")
+    ]
 
 
-def network(config: Config, state: dict[str, Tensor]) -> CifarNet:
-    """The network of a config with the tensors of a state dict, in evaluation mode. ValueError unless all match."""
+def layout(state: dict[str, Tensor]) -> tuple[str, int]:
+    """The family and the depth of the network whose tensors these are. UnknownNetwork where it is none of ours."""
+    counts = [len({name.split(".")[1] for name in state if name.startswith(f"layer{i}.")}) for i in (1, 2, 3, 4)]
+    blocks = tuple(count for count in counts if count)
+    bottleneck = "layer1.0.conv3.weight" in state
+    stem = state["conv1.weight"].shape if {"conv1.weight", "fc.weight"} <= set(state) else None
+    candidates = [("imagenet", depth) for depth in BLOCKS] + [("cifar", 6 * counts[0] + 2)] * (counts[0] > 0)
+    for images, depth in candidates:
+        config = Config("residual", depth, images=images)
+        kernel = (64, 3, 7, 7) if images == "imagenet" else (16, 3, 3, 3)
+        if (stem, blocks, bottleneck) == (kernel, config.blocks, config.block.expansion > 1):
+            return images, depth
+    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in list(state.items())[:4])
+    raise UnknownNetwork(
+        "none of the paper's networks (CIFAR-10's: conv1 of 16 channels, layer1 to layer3 with as many blocks each; "
+        f"ImageNet's: conv1 of 64 channels, layer1 to layer4 as in Table 1); it has {len(state)} tensors: {shapes}, ..."
+    )
+
+
+def network(config: Config, state: dict[str, Tensor]) -> ResNet:
+    """The network of a config with the tensors of a state dict, in evaluation mode. UnknownNetwork unless all match."""
     with torch.device("meta"):
-        model = CifarNet(config)
+        model = ResNet(config)
     model.to_empty(device="cpu")
-    own = model.state_dict()
-    state = {name: torch.zeros_like(t) for name, t in own.items() if name.endswith("num_batches_tracked")} | state
+    for name, buffer in model.named_buffers():
+        if name.endswith("num_batches_tracked"):  # old files do not have it
+            buffer.zero_()
+    if faults := differences(model, state):
+        raise UnknownNetwork(f"the tensors are not those of {config.name}: {faults}")
+    model.load_state_dict(state, strict=False)
+    return model.eval()
+
+
+def adopt(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """The user's network with the tensors of a state dict, in evaluation mode. ValueError unless all match."""
+    stripped = state
+    while (faults := differences(model, stripped)) and (prefix := common_prefix(stripped)):
+        stripped = {name.removeprefix(prefix): tensor for name, tensor in stripped.items()}
+    if faults:
+        raise ValueError(f"the tensors are not those of the network that --model builds: {faults}")
+    for name, tensor in stripped.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"NaN or infinity in {name}: the training diverged, or the file is damaged")
+    model.load_state_dict(stripped, strict=False)
+    return model.eval()
+
+
+def common_prefix(state: dict[str, Tensor]) -> str:
+    """The first part of all names, with its dot, or nothing where they do not begin alike."""
+    firsts = {name.partition(".")[0] + name.partition(".")[1] for name in state}
+    return firsts.pop() if len(firsts) == 1 and "." in min(firsts) else ""
+
+
+def differences(model: nn.Module, state: dict[str, Tensor]) -> str:
+    """What keeps a network from taking the tensors of a state dict, in words; nothing where they match."""
+    own = {name: t for name, t in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    state = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
     faults = [f"{name} is missing" for name in own if name not in state]
     faults += [f"{name} is too many" for name in state if name not in own]
     faults += [
@@ -228,13 +264,8 @@ def network(config: Config, state: dict[str, Tensor]) -> CifarNet:
         for name, tensor in own.items()
         if name in state and state[name].shape != tensor.shape
     ]
-    if faults:
-        more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise ValueError(
-            f"the tensors are not those of a network of {config.depth} layers: {', '.join(faults[:3])}{more}"
-        )
-    model.load_state_dict(state)
-    return model.eval()
+    more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
+    return ", ".join(faults[:3]) + more
 
 
 def known_preprocessing(

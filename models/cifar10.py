@@ -17,6 +17,7 @@ import os
 import re
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,16 @@ class Cifar10:
         """True if these are the published images and labels, all of them and nothing else, in any order."""
         return self.digest == DIGESTS[self.split]
 
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, size: int, total: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """The first `total` images, `size` at a time: (n, 32, 32, 3) uint8 and (n,) labels."""
+        end = len(self) if total is None else total
+        for start in range(0, end, size):
+            part = slice(start, min(start + size, end))
+            yield self.images[part], None if self.labels is None else self.labels[part]
+
     def describe(self) -> str:
         """One line: how many images, whether they are complete and exact, which layout and where."""
         size = SIZES[self.split]
@@ -76,6 +87,11 @@ class Cifar10:
         else:
             state = "not exact: other images or labels than the published ones"
         return f"{len(self.images):,} {self.split} images, {state} ({self.layout}, {self.path})"
+
+    def provenance(self) -> dict[str, Any]:
+        """Where the images come from, as JSON can hold it."""
+        facts = {"path": str(self.path), "layout": self.layout, "split": self.split}
+        return {**facts, "sha256": self.digest, "exact": self.exact}
 
 
 def load(path: str | Path | None = None, split: str = "test", download: bool = True) -> Cifar10:

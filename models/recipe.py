@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and --help does not need it:
     import torch
     from torch import Tensor
 
-    from models.resnet import CifarNet
+    from models.resnet import ResNet
 
     Step = Callable[[Tensor, Tensor], Tensor]  # (N, 3, 32, 32), (N,) -> (2,): the loss, and how many were wrong
 
@@ -95,19 +95,19 @@ def batch_indices(
     return stream[start - first * size :][: recipe.batch]
 
 
-def new_network(recipe: Recipe) -> CifarNet:
+def new_network(recipe: Recipe) -> ResNet:
     """The network before its first iteration. Torch's global random state is left as it was."""
     import torch
 
-    from models.resnet import CifarNet, Config
+    from models.resnet import Config, ResNet
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        network = CifarNet(Config(recipe.kind, recipe.depth))
+        network = ResNet(Config(recipe.kind, recipe.depth))
     return network.to(recipe.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
-def decay_groups(network: CifarNet, recipe: Recipe) -> list[dict[str, Any]]:
+def decay_groups(network: ResNet, recipe: Recipe) -> list[dict[str, Any]]:
     """The parameters that are decayed, and those that are not: none, BN's betas, or its gammas and betas."""
     norms = [name for name, module in network.named_modules() if hasattr(module, "running_var")]
     betas, gammas = [f"{norm}.bias" for norm in norms], [f"{norm}.weight" for norm in norms]
@@ -119,7 +119,7 @@ def decay_groups(network: CifarNet, recipe: Recipe) -> list[dict[str, Any]]:
     ]
 
 
-def new_optimizer(network: CifarNet, recipe: Recipe) -> torch.optim.SGD:
+def new_optimizer(network: ResNet, recipe: Recipe) -> torch.optim.SGD:
     """SGD. Its momentum is there from the start, as zeros, and its learning rate is a tensor, which a graph reads."""
     import torch
 
@@ -137,7 +137,7 @@ def autocast(recipe: Recipe) -> torch.autocast:
     return torch.autocast(recipe.device, dtype=torch.bfloat16, enabled=reduced, cache_enabled=False)
 
 
-def new_step(network: CifarNet, optimizer: torch.optim.SGD, recipe: Recipe) -> Step:
+def new_step(network: ResNet, optimizer: torch.optim.SGD, recipe: Recipe) -> Step:
     """One iteration of training, as a function of images and labels."""
     import torch
     import torch.nn.functional as F
@@ -184,7 +184,7 @@ class CapturedStep:
         return self.result.clone()
 
 
-def recompute_statistics(network: CifarNet, x: Tensor) -> None:
+def recompute_statistics(network: ResNet, x: Tensor) -> None:
     """Make BN's statistics those of one batch (N, 3, H, W) in one pass, each layer's behind the layers before it.
 
     In torch's default memory format: there BN sums in double precision on a CPU, in channels_last in single, which

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from models.preprocess import PADDINGS, Preprocessing, augment
-from models.resnet import CifarNet
 
 STEM_SAMPLE, SAMPLE = 1024, 256  # images for the first convolution alone and for a whole forward pass
 FITS = 0.15  # a misfit below this is a fit
@@ -64,31 +63,56 @@ def sample(images: np.ndarray, count: int) -> np.ndarray:
 
 @torch.no_grad()
 def match_preprocessing(
-    model: CifarNet, images: np.ndarray, candidates: list[Preprocessing], paddings: tuple[str, ...] = PADDINGS
+    model: nn.Module, images: np.ndarray, candidates: list[Preprocessing], paddings: tuple[str, ...] = PADDINGS
 ) -> Match[tuple[Preprocessing, str]]:
-    """The normalisation and padding under which the first convolution puts out what the first BN recorded.
+    """The normalisation and padding under which the first BN gets what it recorded, for a network in evaluation mode.
 
     images: (N, H, W, 3) uint8. The misfit is the mean over channels of |log(variance / recorded variance)|, plus that
     of |mean - recorded mean| in recorded standard deviations.
     """
-    recorded_mean, recorded_variance = model.bn1.running_mean, model.bn1.running_var
-    assert recorded_mean is not None  # CifarNet's BN tracks statistics
-    assert recorded_variance is not None
     some = sample(images, STEM_SAMPLE)
     tried = []
     for normalise in candidates:
         for padding in paddings:
-            response = model.conv1(augment(some, normalise, padding, seeded()))  # (N, C, H, W)
-            variance, mean = torch.var_mean(response, dim=(0, 2, 3), correction=0)  # (C,)
-            spread = log_ratio(variance, recorded_variance).mean()
-            offset = ((mean - recorded_mean).abs() / (recorded_variance + model.bn1.eps).sqrt()).mean()
+            norm, x = first_norm(model, augment(some, normalise, padding, seeded()))
+            variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)  # (N, C, H, W) -> (C,)
+            spread = log_ratio(variance, norm.running_var).mean()
+            offset = ((mean - norm.running_mean).abs() / (norm.running_var + norm.eps).sqrt()).mean()
             tried.append(((normalise, padding), f"{normalise.name}, {padding} padding", float(spread + offset)))
     return best_of(tried)
 
 
+class Reached(Exception):
+    """The forward pass has come as far as is needed."""
+
+
+def first_norm(model: nn.Module, x: Tensor) -> tuple[Any, Tensor]:
+    """The BN that runs first, and its input (N, C, H, W) for images x. ValueError where the network has none."""
+    reached: list[tuple[nn.Module, Tensor]] = []
+
+    def stop(norm: nn.Module, args: tuple[Tensor]) -> None:
+        reached.append((norm, args[0]))
+        raise Reached
+
+    handles = [norm.register_forward_pre_hook(stop) for norm in norms(model)]
+    try:
+        model(x)
+    except Reached:
+        return reached[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    raise ValueError("no BN with recorded statistics ran in this network: there is nothing to recognise it by")
+
+
+def norms(model: nn.Module) -> list[nn.Module]:
+    """The modules that hold statistics of their input."""
+    return [module for module in model.modules() if getattr(module, "running_var", None) is not None]
+
+
 def match_network(
-    models: list[CifarNet], images: np.ndarray, normalise: Preprocessing, padding: str
-) -> Match[CifarNet]:
+    models: list[nn.Module], images: np.ndarray, normalise: Preprocessing, padding: str
+) -> Match[nn.Module]:
     """The network (of several with the same tensors) whose forward pass reproduces what every BN recorded.
 
     The misfit is the mean over BN layers of |log(variance / recorded variance)|, both averaged over channels.
@@ -97,24 +121,27 @@ def match_network(
     return best_of([(model, label(model), statistics_misfit(model, x)) for model in models])
 
 
-def label(model: CifarNet) -> str:
+def label(model: nn.Module) -> str:
     """What tells a network from the others with its tensors."""
-    return "residual, zeros after" if model.config.padding == "after" else model.config.kind
+    config = getattr(model, "config", None)
+    if config is None:
+        return type(model).__name__
+    if config.images == "imagenet" and config.shortcut != "A":
+        return f"stride on the {config.stride}"
+    return "residual, zeros after" if config.padding == "after" else str(config.kind)
 
 
 @torch.no_grad()
-def statistics_misfit(model: CifarNet, x: Tensor) -> float:
+def statistics_misfit(model: nn.Module, x: Tensor) -> float:
     """How far the variances of BN's inputs are from the recorded ones, for a network in evaluation mode."""
     assert not model.training
     misfits: list[Tensor] = []
 
-    def compare(norm: nn.BatchNorm2d, args: tuple[Tensor]) -> None:
-        assert norm.running_var is not None
+    def compare(norm: Any, args: tuple[Tensor]) -> None:
         variance = args[0].var(dim=(0, 2, 3), correction=0)  # (N, C, H, W) -> (C,)
         misfits.append(log_ratio(variance.mean(), norm.running_var.mean()))
 
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    handles = [norm.register_forward_pre_hook(compare) for norm in norms]
+    handles = [norm.register_forward_pre_hook(compare) for norm in norms(model)]
     try:
         model(x)
     finally:

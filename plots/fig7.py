@@ -17,9 +17,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from plots.marks import mark, mark_legend
 from plots.style import RC, WIDTH, styles
 
-PALE = 0.35  # opacity of the paper's own curves
+BEHIND: dict[str, dict[str, Any]] = {  # curves in a network's colour beside its own, as the legend calls them
+    "paper (pale)": {"linewidth": 0.6, "alpha": 0.35},
+    "closed form": {"linewidth": 0.8, "dashes": (1.0, 1.0)},
+}
 ROW = 0.1  # height of a legend's row, as a share of the panel's
 RIGHT = {1: 0.62, 2: 0.35}  # where a legend of one or two columns begins, as a share of the panel's width
 ORDERS = ("original", "sorted by magnitude")
@@ -28,23 +32,28 @@ ORDERS = ("original", "sorted by magnitude")
 def draw_fig7(frame: pd.DataFrame, paper: pd.DataFrame | None = None, note: str = "") -> Figure:
     """Draw the two panels of the paper's Fig. 7 at the width of one column.
 
-    frame: columns network, kind, depth, layer, std, source; one curve a network, in the order of the frame. paper:
-    columns kind, depth, layer, std; its curves are drawn behind, thin and pale, where the frame has a network of that
-    kind and depth. note: stands below the figure. Returns a figure that belongs to no window. Raises ValueError for an
-    empty frame.
+    frame: columns network, kind, depth, layer, std, source; one curve a network, in the order of the frame; where it
+    holds both sources, the closed form is dotted. paper: columns kind, depth, layer, std; its curves are drawn behind,
+    thin and pale, where the frame has a network of that kind and depth. note: stands below the figure. Returns a figure
+    that belongs to no window. Raises ValueError for an empty frame.
     """
     if frame.empty:
         raise ValueError("an empty frame: there is nothing to draw")
     look = styles(frame)
+    formula = frame["source"] == "batchnorm"
+    both = bool(formula.any() and not formula.all())
     with mpl.rc_context(RC):
         figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
         for panel, order in zip(figure.subplots(2, 1), ORDERS, strict=True):
             shown = draw_paper(panel, frame, paper, look, order)
-            for network, layers in frame.groupby("network", sort=False):
-                panel.plot(*curve(layers, order), **look[str(network)])
-            finish(panel, order, shown)
+            for (network, source), layers in frame.groupby(["network", "source"], sort=False):
+                dotted = {"label": None, **BEHIND["closed form"]} if both and source == "batchnorm" else {}
+                index, std, layer = curve(layers, order)
+                [line] = panel.plot(index, std, **look[str(network)] | dotted)
+                mark(line, str(network), layer)
+            finish(panel, order, [entry for entry, wanted in zip(BEHIND, (shown, both), strict=True) if wanted])
         notes = [note] if note else []
-        if (frame["source"] == "batchnorm").any():
+        if formula.all():
             notes.insert(0, "closed form from BN's tensors, not measured on images")
         if notes:
             figure.supxlabel("\n".join(notes), fontsize=6.5, style="italic")
@@ -62,19 +71,21 @@ def draw_paper(
             break
         layers = paper[(paper["kind"] == kind) & (paper["depth"] == depth)]
         if len(layers):
-            panel.plot(*curve(layers, order), **look[network] | {"label": None, "linewidth": 0.6, "alpha": PALE})
+            index, std, _ = curve(layers, order)
+            [line] = panel.plot(index, std, **look[network] | {"label": None} | BEHIND["paper (pale)"])
+            mark(line, network)
             shown = True
     return shown
 
 
-def curve(layers: pd.DataFrame, order: str) -> tuple[pd.Series[int], pd.Series[float]]:
-    """Layer indices and stds of one network, in one of the `ORDERS`."""
+def curve(layers: pd.DataFrame, order: str) -> tuple[pd.Series[int], pd.Series[float], pd.Series[int]]:
+    """Layer indices and stds of one network, in one of the `ORDERS`, and the layer that each point is."""
     layers = layers.sort_values("layer")
-    std = layers["std"] if order == "original" else layers["std"].sort_values(ascending=False)
-    return layers["layer"].astype(int), std
+    points = layers if order == "original" else layers.sort_values("std", ascending=False, kind="stable")
+    return layers["layer"].astype(int), points["std"], points["layer"].astype(int)
 
 
-def finish(panel: Axes, order: str, paper: bool) -> None:
+def finish(panel: Axes, order: str, behind: list[str]) -> None:
     """Axis labels, ticks, and the legend in the upper right, with room made for it above the curves there."""
     panel.set_xlabel(f"layer index ({order})")
     panel.set_ylabel("std")
@@ -82,9 +93,9 @@ def finish(panel: Axes, order: str, paper: bool) -> None:
     panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     panel.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     handles, labels = panel.get_legend_handles_labels()
-    if paper:
-        handles.append(Line2D([], [], color="0.3", linewidth=0.6, alpha=0.6))
-        labels.append("paper (pale)")
+    for entry in behind:
+        handles.append(Line2D([], [], color="0.3", **BEHIND[entry]))
+        labels.append(entry)
     columns = 2 if len(labels) > 4 else 1
     share = 0.06 + ROW * math.ceil(len(labels) / columns)  # of the panel's height
     bottom, top = panel.get_ylim()
@@ -96,3 +107,4 @@ def finish(panel: Axes, order: str, paper: bool) -> None:
         columnspacing=1.0, borderaxespad=0.2,
     )  # fmt: skip
     legend.get_frame().set_linewidth(0.4)
+    mark_legend(legend, handles)

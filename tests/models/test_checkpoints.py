@@ -197,16 +197,19 @@ BAD = {
              "a.pt: refused: it asks for posix.system, which could run code, and only tensors are read; save it again "
              "with torch.save(model.state_dict(), ...)"),
     "whole module": (lambda p, n: save_as("a.pt")(p, n),
-                     "a.pt: refused: it asks for models.resnet.CifarNet, which could run code"),
+                     "a.pt: refused: it asks for models.resnet.ResNet, which could run code"),
     "no state dict": (lambda p, n: save_as("a.pt")(p, {"epoch": 3, "weight": [1.0]}),
-                      "a.pt: no state dict in it; looked under state_dict, model_state_dict, model, net, network, "
-                      "weights, ema, state_dict_ema, model_ema and found epoch, weight"),
+                      "a.pt: no state dict in it; looked under state_dict, model_state_dict, model_state, model, net, "
+                      "network, weights, module, state_dict_ema, ema_state_dict, model_ema, ema_model, ema and found "
+                      "epoch, weight"),
     "a tensor": (lambda p, n: save_as("a.pt")(p, torch.zeros(3)), "no state dict in it; looked under state_dict"),
     "other network": (lambda p, n: save_as("a.pt")(p, torch.nn.Linear(2, 3).state_dict()),
-                      "a.pt: not a CIFAR-10 network of He et al. (conv1 of 16 channels, layer1 to layer3 with as many "
-                      "blocks each, fc with 64 inputs); it has 2 tensors: weight (3, 2), bias (3,)"),
+                      "a.pt: none of the paper's networks (CIFAR-10's: conv1 of 16 channels, layer1 to layer3 with as "
+                      "many blocks each; ImageNet's: conv1 of 64 channels, layer1 to layer4 as in Table 1); it has 2 "
+                      "tensors: weight (3, 2), bias (3,), ...; --model FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION "
+                      "builds any other network, --source batchnorm needs none"),
     "missing": (lambda p, n: save_as("a.pt")(p, changed(n, bn1__bias=None)),
-                "a.pt: the tensors are not those of a network of 8 layers: bn1.bias is missing"),
+                "a.pt: the tensors are not those of resnet-8: bn1.bias is missing"),
     "extra": (lambda p, n: save_as("a.pt")(p, changed(n, bn9__bias=torch.zeros(1))), "bn9.bias is too many"),
     "shape": (lambda p, n: save_as("a.pt")(p, changed(n, bn1__bias=torch.zeros(3))),
               "bn1.bias has shape (3,) in place of (16,)"),

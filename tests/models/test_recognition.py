@@ -11,7 +11,7 @@ from torch import nn
 from models import load
 from models.preprocess import PRESETS, augment, mean_image, per_pixel
 from models.recognition import FITS, SAMPLE, STEM_SAMPLE, best_of, match_network, match_preprocessing, sample
-from models.resnet import CifarNet, Config
+from models.resnet import Config, ResNet
 
 
 def blobs(count, seed):
@@ -41,7 +41,7 @@ def test_preprocessing_is_recognised(preset, padding):
     seen, images = blobs(600, seed=1), blobs(600, seed=2)
     candidates = [*PRESETS.values(), per_pixel(mean_image(images))]
     true = per_pixel(mean_image(seen)) if preset == "per-pixel" else PRESETS[preset]
-    network = record(CifarNet(Config("residual", 8)), augment(seen, true, padding, torch.Generator().manual_seed(5)))
+    network = record(ResNet(Config("residual", 8)), augment(seen, true, padding, torch.Generator().manual_seed(5)))
     match = match_preprocessing(network, images, candidates)
     found = match.best[0].name, match.best[1]
     # with [0,1] black is zero: the two paddings are the same
@@ -56,7 +56,7 @@ CONFIGS = [Config("residual", 14), Config("residual", 14, padding="after"), Conf
 @pytest.mark.parametrize("true", CONFIGS, ids=lambda config: f"{config.kind} {config.padding}")
 def test_the_network_is_recognised_among_those_with_the_same_tensors(true, tmp_path):
     seen, images = blobs(600, seed=1), blobs(600, seed=2)
-    network = record(CifarNet(true), augment(seen, PRESETS["cifar10"], "zero", torch.Generator().manual_seed(5)))
+    network = record(ResNet(true), augment(seen, PRESETS["cifar10"], "zero", torch.Generator().manual_seed(5)))
     torch.save(network.state_dict(), tmp_path / "a.pt")
     found = load(tmp_path / "a.pt", images=images)
     assert found.model.config == true
@@ -66,7 +66,7 @@ def test_the_network_is_recognised_among_those_with_the_same_tensors(true, tmp_p
 
 
 def test_a_network_that_fits_nothing_is_reported(tmp_path):
-    network = record(CifarNet(Config("plain", 14)), torch.randn(64, 3, 32, 32))
+    network = record(ResNet(Config("plain", 14)), torch.randn(64, 3, 32, 32))
     torch.save(network.state_dict(), tmp_path / "a.pt")
     found = load(tmp_path / "a.pt", kind="residual", normalize="imagenet", images=blobs(300, seed=2))
     assert len(found.warnings) == 3
@@ -80,7 +80,7 @@ def test_the_public_checkpoints(akamaster, real_test):
     for depth, path in akamaster.items():
         configs = [Config("residual", depth), Config("residual", depth, padding="after"), Config("plain", depth)]
         state = load(path).model.state_dict()
-        models = [CifarNet(config).eval() for config in configs]
+        models = [ResNet(config).eval() for config in configs]
         for model in models:
             model.load_state_dict(state)
         inputs = match_preprocessing(models[0], real_test.images, candidates)
@@ -117,7 +117,7 @@ def test_the_samples_are_spread_over_sorted_data_sets(akamaster, real_test):
 
 
 def test_recognition_leaves_no_hooks_behind():
-    network = CifarNet(CONFIGS[0]).eval()
+    network = ResNet(CONFIGS[0]).eval()
     match_network([network], blobs(4, seed=0), PRESETS["[0,1]"], "none")
     hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in itertools.islice(network.modules(), 100)]
     assert sum(hooks) == 0

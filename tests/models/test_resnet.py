@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import build
-from models.resnet import CifarNet, Config, PadShortcut, network_name, parse_name
+from models.resnet import TABLE_1_DEPTHS, Config, PadShortcut, ResNet, main, network_name, parse_name, stages
 
 PARAMETERS = {20: 269_722, 32: 464_154, 44: 658_586, 56: 853_018, 110: 1_727_962, 1202: 19_421_274}
+TABLE_1 = {18: 11_689_512, 34: 21_797_672, 50: 25_557_032, 101: 44_549_160, 152: 60_192_808}  # torchvision's, option B
 
 
 @pytest.mark.parametrize("kind", ["resnet", "plain"])
@@ -29,11 +30,30 @@ def test_long_names_are_the_same_networks():
     assert build("cifar-plain-152").config == Config("plain", 152)
 
 
+@pytest.mark.parametrize("depth", TABLE_1)
+def test_table_1(depth):
+    with torch.device("meta"):
+        network = build(f"resnet-{depth}")
+    assert sum(p.numel() for p in network.parameters()) == TABLE_1[depth]
+    assert network.config == Config("residual", depth, shortcut="B", classes=1000, images="imagenet")
+    layers = [m for name, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and "down" not in name]
+    assert len(layers) == depth
+
+
+@pytest.mark.parametrize("depth", [18, 34])
+def test_the_plain_networks_of_table_1(depth):
+    with torch.device("meta"):
+        network = build(f"plain-{depth}")
+        residual = build(f"resnet-{depth}", shortcut="A")
+    assert not any("downsample" in name for name in network.state_dict())
+    assert list(network.state_dict()) == list(residual.state_dict())
+
+
 def test_names_and_configs_agree():
     assert [network_name("residual", 56), network_name("plain", 20)] == ["resnet-56", "plain-20"]
-    assert network_name("residual", 50) == "cifar-resnet-50"
-    assert parse_name(network_name("residual", 50)) == ("residual", 50)
-    assert build("plain-8").config.name == "plain-8"
+    assert [network_name("residual", 50), network_name("residual", 50, "imagenet")] == ["cifar-resnet-50", "resnet-50"]
+    for name in ("plain-8", "resnet-56", "cifar-resnet-50", "resnet-50", "plain-34", "cifar-plain-152"):
+        assert parse_name(name).name == name
 
 
 @pytest.mark.parametrize(
@@ -43,9 +63,7 @@ def test_names_and_configs_agree():
         ("plain-2", "no CIFAR-10 network has 2 layers: a depth is 6n + 2; the nearest are 8 and 14"),
         ("vgg-16", "unknown network 'vgg-16': the names are resnet-DEPTH and plain-DEPTH"),
         ("resnet-", "unknown network 'resnet-'"),
-        ("resnet-50", "ImageNet network (Table 1 of the paper), which is not built here yet; the CIFAR-10 network of "
-         "50 layers is cifar-resnet-50"),
-        ("plain-34", "plain-34 names an ImageNet network"),
+        ("plain-50", "the paper has no plain network of 50 layers for ImageNet: plain-18, plain-34"),
     ],
 )  # fmt: skip
 def test_a_name_that_does_not_exist(name, message):
@@ -60,12 +78,15 @@ def test_a_name_that_does_not_exist(name, message):
         (Config("residual", 20, shortcut="D"), "unknown shortcut 'D': one of A, B, C"),
         (Config("residual", 20, padding="before"), "unknown padding 'before': one of both, after"),
         (Config("residual", 20, classes=0), "classes must be 1 or more, not 0"),
+        (Config("residual", 20, stride="5x5"), "unknown stride '5x5': one of 1x1, 3x3"),
+        (Config("residual", 20, images="mnist"), "unknown images 'mnist': one of cifar, imagenet"),
         (Config("residual", 19), "the nearest are 14 and 20"),
+        (Config("residual", 20, images="imagenet"), "Table 1 has no network of 20 layers: 18, 34, 50, 101, 152"),
     ],
 )
 def test_an_option_that_does_not_exist(config, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        CifarNet(config)
+        ResNet(config)
 
 
 def test_shapes_of_the_stages():
@@ -116,3 +137,91 @@ def test_he_initialisation():
     weight = build("resnet-20").layer3[2].conv2.weight  # 64 x 64 x 3 x 3
     assert weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.02)
     assert weight.mean().abs().item() < 1e-3
+
+
+# The networks of Table 1
+
+
+def test_state_dict_keys_of_table_1_are_torchvisions():
+    with torch.device("meta"):
+        keys = list(build("resnet-50").state_dict())
+    assert "layer1.0.downsample.0.weight" in keys
+    assert "layer1.0.downsample.1.running_var" in keys
+    assert "layer1.1.downsample.0.weight" not in keys
+    assert [key for key in keys if key.startswith("layer4.2.conv")] == [f"layer4.2.conv{i}.weight" for i in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("stride", ["1x1", "3x3"])
+def test_where_a_bottleneck_has_its_stride(stride):
+    with torch.device("meta"):
+        network = build("resnet-50", stride=stride)
+    for stage, expected in (("layer1", (1, 1)), ("layer2", (2, 2)), ("layer4", (2, 2))):
+        block = getattr(network, stage)[0]
+        strides = {"1x1": block.conv1.stride, "3x3": block.conv2.stride}
+        assert strides.pop(stride) == expected
+        assert set(strides.values()) == {(1, 1)}
+        assert block.conv3.stride == (1, 1)
+
+
+@pytest.mark.parametrize(("shortcut", "count"), [("A", 0), ("B", 4), ("C", 16)])
+def test_shortcut_options_of_bottlenecks(shortcut, count):
+    with torch.device("meta"):
+        keys = build("resnet-50", shortcut=shortcut).state_dict()
+    assert sum(key.endswith("downsample.0.weight") for key in keys) == count
+
+
+def test_bottleneck_by_hand():
+    block = build("resnet-50").eval().layer2[0]
+    x = torch.randn(1, 256, 8, 8)
+    inner = F.relu(block.bn1(F.conv2d(x, block.conv1.weight, stride=2)))
+    inner = F.relu(block.bn2(F.conv2d(inner, block.conv2.weight, padding=1)))
+    inner = block.bn3(F.conv2d(inner, block.conv3.weight))
+    shortcut = block.downsample[1](F.conv2d(x, block.downsample[0].weight, stride=2))
+    torch.testing.assert_close(block(x), F.relu(inner + shortcut))
+
+
+@pytest.mark.parametrize(
+    ("depth", "channels"), [(18, 512), (34, 512), (50, 2048), (101, 2048), (152, 2048)]
+)  # fmt: skip
+def test_the_four_stages_alone(depth, channels):
+    with torch.device("meta"):
+        assert stages(depth, 64)(torch.zeros(5, 64, 56, 56)).shape == (5, channels, 7, 7)
+        assert stages(depth, 32)(torch.zeros(2, 32, 16, 16)).shape == (2, channels, 2, 2)
+
+
+def test_stages_of_another_depth():
+    with pytest.raises(ValueError, match=re.escape("Table 1 has no network of 20 layers: 18, 34, 50, 101, 152")):
+        stages(20, 64)
+    assert TABLE_1_DEPTHS == (18, 34, 50, 101, 152)
+
+
+def test_the_table_of_resnet_34(capsys):
+    assert main(["resnet-34", "--input", "5", "3", "224", "224"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "resnet-34, input (5, 3, 224, 224)",
+        "stage            output shape       parameters  multiply-adds per image",
+        "conv1            (5, 64, 112, 112)       9,536              118,013,952",
+        "maxpool          (5, 64, 56, 56)",
+        "layer1           (5, 64, 56, 56)       221,952              693,633,024",
+        "layer2           (5, 128, 28, 28)    1,116,416              873,463,808",
+        "layer3           (5, 256, 14, 14)    6,822,400            1,335,885,824",
+        "layer4           (5, 512, 7, 7)     13,114,368              641,990,656",
+        "average pooling  (5, 512, 1, 1)",
+        "flatten          (5, 512)",
+        "fc               (5, 1000)             513,000                  512,000",
+        "total                               21,797,672            3,663,761,408",
+    ]
+
+
+def test_options_of_the_command(capsys):
+    assert main(["resnet-20", "--classes", "7"]) == 0
+    shown = capsys.readouterr().out
+    assert "resnet-20, input (1, 3, 32, 32)" in shown
+    assert "maxpool" not in shown
+    assert "(1, 7)" in shown
+    assert main(["resnet-21"]) == 2
+    assert capsys.readouterr().err == (
+        "error: no CIFAR-10 network has 21 layers: a depth is 6n + 2; the nearest are 20 and 26\n"
+    )
+    assert main(["resnet-20", "--input", "1", "4", "32", "32"]) == 2
+    assert capsys.readouterr().err == "error: an input is N 3 H W, each 1 or more, not 1 4 32 32\n"

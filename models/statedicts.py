@@ -1,0 +1,131 @@
+"""The tensors in other people's checkpoint files, by the names that our networks have for them.
+
+    from models.statedicts import read
+    tensors, card, note = read("checkpoint.pth")  # note: of several copies, which one this is
+
+Files are read without running code from them. Known are bare state dicts, the usual keys of training scripts (timm,
+Lightning, torchvision's references), EMA copies beside the weights, and the prefixes of DataParallel, torch.compile,
+FSDP, activation checkpointing and Lightning.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+EXPECTED = "a checkpoint is a file of torch.save (.pt, .pth, .th, .ckpt) or a .safetensors file"
+WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "module")
+EMA_WRAPPERS = ("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema")
+INSIDE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # anywhere in a name
+FIRST_BLOCK = "layer1.0.conv1.weight"  # shows where in a larger state dict one of our networks is
+RENAMES = {"linear.": "fc.", ".shortcut.": ".downsample."}  # akamaster's names -> torchvision's
+
+
+def read(path: Path, ema: bool = False) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """The tensors of a file, its card (empty where it has none), and which of several copies of the weights these are.
+
+    ema: take the exponential moving average of the weights, where there is one beside them. The note is empty where
+    there is nothing to choose. ValueError, with the path, where the file is not a checkpoint, or has no such copy.
+    """
+    tensors, card, note = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path, ema)
+    try:
+        tensors, chosen = choose_root(bare(tensors), ema)
+        if ema and not note and not chosen:
+            raise ValueError(f"no EMA copy in it (looked under {', '.join(EMA_WRAPPERS)}); leave out --ema")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return tensors, card, note or chosen
+
+
+def read_pickle(path: Path, ema: bool) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    with open(path, "rb") as file:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # garbage makes the unpickler raise anything
+            wanted = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+            if wanted is None:
+                raise ValueError(f"{path}: not a checkpoint, damaged or truncated; {EXPECTED}") from error
+            raise ValueError(
+                f"{path}: refused: it asks for {wanted[1]}, which could run code, and only tensors are read; "
+                "save it again with torch.save(model.state_dict(), ...)"
+            ) from error
+    weights, average = find(content, WRAPPERS), find(content, EMA_WRAPPERS)
+    state = average if weights is None or (ema and average is not None) else weights
+    if state is None:
+        keys = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+        looked = ", ".join([*WRAPPERS, *EMA_WRAPPERS])
+        raise ValueError(f"{path}: no state dict in it; looked under {looked} and found {keys}")
+    if average is None:
+        return state, {}, ""
+    return state, {}, "EMA copy" if state is average else "not its EMA copy, which --ema takes"
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            metadata = file.metadata() or {}
+        card = json.loads(metadata.get("card", "{}"))
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: damaged or truncated safetensors file ({error})") from error
+    if not isinstance(card, dict):
+        raise ValueError(f"{path}: the card in its metadata is no JSON object, so it is not one of ours")
+    return tensors, card, ""
+
+
+def find(content: Any, wrappers: tuple[str, ...]) -> dict[str, Tensor] | None:
+    """The tensors by name under one of the wrappers, or, for the weights themselves, at the top level."""
+    if not isinstance(content, Mapping):
+        return None
+    if wrappers is WRAPPERS:
+        tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+        if tensors:
+            return tensors
+    found = (find(content.get(key), WRAPPERS) for key in wrappers)
+    return next((state for state in found if state is not None), None)
+
+
+def bare(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """No names of wrappers inside the tensors' names, and no counter of torch's AveragedModel."""
+    for inside in INSIDE:
+        state = {name.replace(inside, ""): tensor for name, tensor in state.items()}
+    state = {name: tensor for name, tensor in state.items() if name != "n_averaged"}
+    while state and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return state
+
+
+def choose_root(state: dict[str, Tensor], ema: bool) -> tuple[dict[str, Tensor], str]:
+    """The tensors below the one place in a state dict where a network like ours begins, without the place's name.
+
+    As they are where there is no such place. Of several, one is an EMA copy or not, as is asked for; a note says so.
+    ValueError where several are left.
+    """
+    ends = [name.removesuffix(FIRST_BLOCK) for name in state if name.endswith(FIRST_BLOCK)]
+    roots = [root for root in ends if f"{root}conv1.weight" in state]
+    wanted = [root for root in roots if ("ema" in root.lower()) == ema] or roots
+    if len(wanted) > 1:
+        raise ValueError(f"it holds {len(wanted)} networks: {', '.join(wanted)}; save the one you mean by itself")
+    if not wanted:
+        return state, ""
+    chosen = {name.removeprefix(wanted[0]): tensor for name, tensor in state.items() if name.startswith(wanted[0])}
+    note = f"from {wanted[0].rstrip('.')}, not {', '.join(r.rstrip('.') for r in roots if r != wanted[0])}"
+    return chosen, note if len(roots) > 1 else ""
+
+
+def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our names for the tensors of a network. ValueError where a number is not finite."""
+    for theirs, ours in RENAMES.items():
+        state = {re.sub(rf"(^|(?=\.)){re.escape(theirs)}", ours, name): tensor for name, tensor in state.items()}
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"NaN or infinity in {name}: the training diverged, or the file is damaged")
+    return state

@@ -1,0 +1,162 @@
+"""Other people's files: whatever they are wrapped in, the tensors come out under our names."""
+
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from models import build, load
+from models.statedicts import read, rename
+
+
+@pytest.fixture
+def network():
+    return build("resnet-8")
+
+
+@pytest.fixture
+def other():
+    """The averaged copy."""
+    torch.manual_seed(7)
+    return build("resnet-8")
+
+
+def same(state, network):
+    expected = network.state_dict()
+    return set(state) == set(expected) and all(torch.equal(state[name], expected[name]) for name in state)
+
+
+def prefixed(prefix, state):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def lightning(state, other):
+    return {
+        "state_dict": prefixed("model.", state) | {"criterion.weight": torch.ones(10), "metric.total": torch.zeros(())},
+        "epoch": 3, "global_step": 100, "pytorch-lightning_version": "2.1", "callbacks": {}, "optimizer_states": [],
+    }  # fmt: skip
+
+
+LAYOUTS = {
+    "torchvision's references": lambda s, o: {"model": s, "optimizer": {"state": {}}, "epoch": 3, "args": None},
+    "timm": lambda s, o: {"epoch": 3, "arch": "resnet", "state_dict": s, "version": 2, "metric": 0.5},
+    "timm with EMA": lambda s, o: {"state_dict": s, "state_dict_ema": o},
+    "torchvision with EMA": lambda s, o: {
+        "model": s, "model_ema": prefixed("module.", o) | {"n_averaged": torch.ones(())}
+    },
+    "Lightning": lightning,
+    "Lightning, other names": lambda s, o: {"state_dict": prefixed("net.backbone.", s)},
+    "Lightning with EMA inside": lambda s, o: {"state_dict": prefixed("model.", s) | prefixed("ema_model.module.", o)},
+    "FSDP": lambda s, o: {name.replace("layer1.", "layer1._fsdp_wrapped_module."): t for name, t in s.items()},
+    "FSDP around all": lambda s, o: {"model": prefixed("_fsdp_wrapped_module.", s)},
+    "activation checkpointing": lambda s, o: {
+        name.replace("layer2.0.", "layer2.0._checkpoint_wrapped_module."): t for name, t in s.items()
+    },
+    "DDP, compiled": lambda s, o: {"model_state_dict": prefixed("module._orig_mod.", s)},
+    "compiled, DDP": lambda s, o: {"model_state": prefixed("_orig_mod.module.", s)},
+    "nested": lambda s, o: {"checkpoint": 1, "model": {"module": s}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_weights_come_out(layout, network, other, tmp_path):
+    torch.save(LAYOUTS[layout](network.state_dict(), other.state_dict()), tmp_path / "a.pth")
+    tensors, card, note = read(tmp_path / "a.pth")
+    assert same(tensors, network)
+    assert card == {}
+    assert ("EMA" in note or "ema" in note) == ("EMA" in layout)
+    assert same(load(tmp_path / "a.pth").model.state_dict(), network)
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if "EMA" in layout])
+def test_the_averaged_copy_comes_out_where_it_is_asked_for(layout, network, other, tmp_path):
+    torch.save(LAYOUTS[layout](network.state_dict(), other.state_dict()), tmp_path / "a.pth")
+    tensors, _, note = read(tmp_path / "a.pth", ema=True)
+    assert same(tensors, other)
+    assert note
+    checkpoint = load(tmp_path / "a.pth", ema=True)
+    assert same(checkpoint.model.state_dict(), other)
+    assert checkpoint.how["weights"] == note
+
+
+def test_the_notes(network, other, tmp_path):
+    state, average = network.state_dict(), other.state_dict()
+    notes = {}
+    for layout in ("timm with EMA", "Lightning with EMA inside"):
+        torch.save(LAYOUTS[layout](state, average), tmp_path / "a.pth")
+        notes[layout] = [read(tmp_path / "a.pth", ema=ema)[2] for ema in (False, True)]
+    assert notes == {
+        "timm with EMA": ["not its EMA copy, which --ema takes", "EMA copy"],
+        "Lightning with EMA inside": ["from model, not ema_model.module", "from ema_model.module, not model"],
+    }
+
+
+def test_torchs_averaged_model(network, tmp_path):
+    averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    torch.save(averaged.state_dict(), tmp_path / "a.pth")
+    assert same(read(tmp_path / "a.pth")[0], network)
+
+
+def test_data_parallel_itself(network, tmp_path):
+    torch.save(nn.DataParallel(network).state_dict(), tmp_path / "a.pth")
+    assert same(read(tmp_path / "a.pth")[0], network)
+
+
+def test_no_averaged_copy(network, tmp_path):
+    torch.save({"state_dict": network.state_dict()}, tmp_path / "a.pth")
+    message = (
+        f"{tmp_path}/a.pth: no EMA copy in it (looked under state_dict_ema, ema_state_dict, model_ema, ema_model, "
+        "ema); leave out --ema"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read(tmp_path / "a.pth", ema=True)
+
+
+def test_two_networks_in_one_file(network, other, tmp_path):
+    both = prefixed("student.", network.state_dict()) | prefixed("teacher.", other.state_dict())
+    save_file(both, tmp_path / "a.safetensors")
+    message = "a.safetensors: it holds 2 networks: student., teacher.; save the one you mean by itself"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read(tmp_path / "a.safetensors")
+
+
+def test_names_of_akamaster_become_ours():
+    ones = torch.ones(1)
+    theirs = {"linear.weight": ones, "layer1.0.shortcut.0.weight": ones, "nonlinear.weight": ones}
+    assert list(rename(theirs)) == ["fc.weight", "layer1.0.downsample.0.weight", "nonlinear.weight"]
+
+
+# Layouts of whole networks
+
+
+def test_chenyaofo(tmp_path):
+    """pytorch-cifar-models: CIFAR-10 and -100, projections (option B) called downsample, `fc`."""
+    for classes in (10, 100):
+        network = build("resnet-20", shortcut="B", classes=classes)
+        torch.save(network.state_dict(), tmp_path / "a.pt")
+        found = load(tmp_path / "a.pt")
+        assert (found.config, found.how["kind"]) == (network.config, "shortcuts")
+
+
+@pytest.mark.parametrize("depth", [18, 34])
+def test_torchvisions_basic_networks(depth, tmp_path):
+    network = build(f"resnet-{depth}")
+    torch.save(network.state_dict(), tmp_path / "resnet.pth")
+    found = load(tmp_path / "resnet.pth")
+    assert (found.config, found.how["kind"]) == (network.config, "shortcuts")
+
+
+def test_torchvisions_bottlenecks_are_taken_for_v1_5(tmp_path):
+    torch.save(build("resnet-50").state_dict(), tmp_path / "resnet50.pth")
+    found = load(tmp_path / "resnet50.pth")
+    assert (found.config.name, found.config.stride) == ("resnet-50", "3x3")
+    assert found.how["kind"] == "assumed v1.5, stride on the 3x3: the tensors do not say; --data tells"
+
+
+def test_old_files_without_counters(network, tmp_path):
+    state = {name: tensor for name, tensor in network.state_dict().items() if "num_batches" not in name}
+    torch.save(state, tmp_path / "a.pth")
+    assert load(tmp_path / "a.pth").config == network.config

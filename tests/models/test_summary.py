@@ -1,0 +1,70 @@
+"""Shapes, parameters and multiply-adds of the networks of Table 1."""
+
+import pytest
+import torch
+
+from models import build
+from models.resnet import Config, parse_name
+from models.summary import summarise
+
+PAPER = {18: 1.8e9, 34: 3.6e9, 50: 3.8e9, 101: 7.6e9, 152: 11.3e9}  # FLOPs, Table 1
+
+
+def total(config, size=224):
+    return sum(row.multiply_adds for row in summarise(config, (1, 3, size, size)))
+
+
+@pytest.mark.parametrize("depth", PAPER)
+def test_multiply_adds_are_the_papers(depth):
+    assert total(parse_name(f"resnet-{depth}")) == pytest.approx(PAPER[depth], rel=0.03)
+
+
+def test_the_stride_on_the_3x3_costs_more():
+    """4.09e9 is what torchvision gives for its ResNet-50."""
+    config = Config("residual", 50, shortcut="B", classes=1000, images="imagenet", stride="3x3")
+    assert total(config) == pytest.approx(4.09e9, rel=1e-3)
+
+
+def test_multiply_adds_of_a_small_network_by_hand():
+    """CIFAR-10's plain-8: 3x3 convolutions of 16, 32 and 64 channels on maps of 32, 16 and 8 pixels."""
+    maps = {16: 32 * 32, 32: 16 * 16, 64: 8 * 8}
+    layers = [(3, 16), (16, 16), (16, 16), (16, 32), (32, 32), (32, 64), (64, 64)]
+    expected = sum(9 * before * after * maps[after] for before, after in layers) + 64 * 10
+    assert total(Config("plain", 8), 32) == expected
+
+
+@pytest.mark.parametrize("depth", PAPER)
+def test_the_shapes_of_the_reference(depth):
+    """The notebook prints these for 5 images of 224x224."""
+    channels = 512 if depth < 50 else 2048
+    shapes = {row.stage: row.shape for row in summarise(parse_name(f"resnet-{depth}"), (5, 3, 224, 224))}
+    assert shapes["conv1"] == (5, 64, 112, 112)
+    assert shapes["maxpool"] == (5, 64, 56, 56)
+    assert shapes["layer4"] == (5, channels, 7, 7)
+    assert shapes["average pooling"] == (5, channels, 1, 1)
+    assert shapes["flatten"] == (5, channels)
+    assert shapes["fc"] == (5, 1000)
+
+
+def test_shapes_are_those_of_a_real_pass():
+    config = parse_name("resnet-18")
+    network, seen = build("resnet-18").eval(), {}
+    for stage in network.stages:
+        getattr(network, stage).register_forward_hook(
+            lambda module, args, output, stage=stage: seen.update({stage: tuple(output.shape)})
+        )
+    with torch.no_grad():
+        seen["fc"] = tuple(network(torch.zeros(2, 3, 64, 96)).shape)
+    shapes = {row.stage: row.shape for row in summarise(config, (2, 3, 64, 96))}
+    assert {stage: shapes[stage] for stage in seen} == seen
+
+
+@pytest.mark.parametrize("depth", [20, 56])
+def test_all_parameters_are_counted(depth):
+    rows = summarise(parse_name(f"resnet-{depth}"), (1, 3, 32, 32))
+    assert sum(row.parameters for row in rows) == sum(p.numel() for p in build(f"resnet-{depth}").parameters())
+
+
+def test_an_input_without_three_channels():
+    with pytest.raises(ValueError, match="an input is N 3 H W, each 1 or more, not 1 1 32 32"):
+        summarise(parse_name("resnet-20"), (1, 1, 32, 32))
