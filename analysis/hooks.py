@@ -1,172 +1,95 @@
-"""Which convolution feeds which BN, and the hooks that feed the moments.
+"""Measuring the responses of a network: hooks feed the moments while batches of images run through it.
 
     import analysis
     frame = analysis.measure(model, batches)  # batches: image tensors, or (images, labels)
 
-A pair is proven by data flow: BN's input IS the convolution's output, unchanged since. Each response is reduced inside
-the hook, before an in-place ReLU can overwrite it; nothing is stored.
+Which layers there are is proven by data flow (see analysis.pairs). The network is left as it was.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from analysis.frame import make_frame
-from analysis.moments import Moments
+from analysis.pairs import Layer, is_wrapper, recording
 
-Batch = Tensor | tuple[Tensor, Tensor] | list[Tensor]
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass
-class Layer:
-    """One call of a convolution and its BN: qualified names, the shape of a response, and its moments so far."""
-
-    name: str
-    norm: str
-    height: int
-    width: int
-    moments: Moments
-
-
-@dataclass
-class Recording:
-    """The layers of a network in forward order, as they were met in the passes so far."""
-
-    layers: list[Layer] = field(default_factory=list)
-    batch: int = 0  # passes finished
-    position: int = 0  # layers met in this pass
-    seen: dict[str, None] = field(default_factory=dict)  # modules met, for messages
-
-    def add(self, name: str, norm: str, response: Tensor) -> None:
-        """Take in the response (N, C, H, W) of the next layer of this pass."""
-        moments = Moments.of(response)
-        if not (torch.isfinite(moments.mean).all() and torch.isfinite(moments.m2).all()):
-            raise ValueError(
-                f"NaN or infinity in the response of layer {self.position + 1} ({name}) in batch {self.batch + 1}: "
-                "look at the weights and at the images"
-            )
-        if self.batch == 0:
-            self.layers.append(Layer(name, norm, response.shape[2], response.shape[3], moments))
-        else:
-            layer = self.layers[self.position] if self.position < len(self.layers) else None
-            if layer is None or (layer.name, layer.norm) != (name, norm):
-                raise ValueError(
-                    f"batch {self.batch + 1} takes another path through the network than the first: {name}"
-                )
-            layer.moments = layer.moments.merge(moments)
-        self.position += 1
-
-    def end_pass(self) -> None:
-        """A forward pass is over."""
-        if not self.layers:
-            raise ValueError(
-                "no 3x3 convolution whose output goes unchanged into a BN; the network ran "
-                + (", ".join(self.seen) or "no convolution and no BN that hooks could see")
-            )
-        if self.position < len(self.layers):
-            raise ValueError(
-                f"batch {self.batch + 1} takes another path through the network than the first: "
-                f"{self.layers[self.position].name} did not run"
-            )
-        self.batch, self.position = self.batch + 1, 0
-
-
-@contextmanager
-def recording(model: nn.Module, kernel_size: tuple[int, int] = (3, 3)) -> Iterator[Recording]:
-    """Record the responses of every forward pass inside the block; hooks are removed at its end, whatever happens."""
-    record = Recording()
-    outputs: dict[int, tuple[str, weakref.ref[Tensor], int]] = {}  # id of a tensor -> its convolution, itself, version
-
-    def after_conv(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            record.seen[f"{name} ({type(module).__name__})"] = None
-            outputs[id(output)] = (name, weakref.ref(output), output._version)
-
-        return hook
-
-    def after_norm(norm: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            record.seen[f"{norm} ({type(module).__name__})"] = None
-            source: Tensor = args[0] if args else kwargs["input"]
-            if id(source) in outputs:
-                name, reference, version = outputs[id(source)]
-                if reference() is source and source._version == version:
-                    record.add(name, norm, output)
-
-        return hook
-
-    def after_model(module: nn.Module, args: Any, output: Any) -> None:
-        outputs.clear()
-        record.end_pass()
-
-    with ExitStack() as hooks:
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Conv2d) and module.kernel_size == kernel_size:
-                hooks.callback(module.register_forward_hook(after_conv(name)).remove)
-            elif isinstance(module, _BatchNorm):
-                hooks.callback(module.register_forward_hook(after_norm(name), with_kwargs=True).remove)
-        hooks.callback(model.register_forward_hook(after_model).remove)
-        yield record
+BATCHES = "a tensor, (images, labels), or a dict of tensors that the network takes as keywords"
 
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients and TF32; every module's own training flag comes back at the end."""
     training = [(module, module.training) for module in model.modules()]
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    tf32 = matmul.allow_tf32, cudnn.allow_tf32
-    try:
-        model.eval()
-        matmul.allow_tf32 = cudnn.allow_tf32 = False
-        with torch.no_grad():
-            yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = tf32
-        for module, flag in training:
-            module.training = flag
+    with ExitStack() as stack:
+        for module, flag in training:  # not model.eval(): networks override it and do more there
+            stack.callback(setattr, module, "training", flag)
+            module.training = False
+        for backend, setting, value in tf32_settings():
+            stack.callback(setattr, backend, setting, getattr(backend, setting))
+            setattr(backend, setting, value)
+        stack.enter_context(torch.inference_mode(False))  # there tensors have no versions
+        stack.enter_context(torch.no_grad())
+        yield
+
+
+def tf32_settings() -> list[tuple[Any, str, object]]:
+    """What turns TF32 off: object, attribute, value. Since torch 2.9 reading `allow_tf32` raises after the new way."""
+    matmul, cudnn = torch.backends.cuda.matmul, cast(Any, torch.backends.cudnn)
+    if hasattr(matmul, "fp32_precision"):
+        return [(backend, "fp32_precision", "ieee") for backend in (matmul, cudnn.conv, cudnn.rnn)]
+    return [(backend, "allow_tf32", False) for backend in (matmul, cudnn)]
 
 
 def measure(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[Any],
     *,
     network: str = "network",
     precision: str = "float32",
+    kernel_size: int | tuple[int, int] = (3, 3),
+    grouped: bool = True,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
     progress: Callable[[int], object] = lambda images: None,
 ) -> pd.DataFrame:
     """The std of every layer's response over all images: the frame, one row a layer (see analysis.frame).
 
-    model: any network, on any device; it is left as it was. batches: image tensors (N, C, H, W), or (images, labels),
-    already normalised. precision: `float32`, or `bfloat16` for autocast. progress: called with the number of images
-    after each batch. `frame.attrs["accuracy"]` is the share of labels hit, where there are labels. Raises ValueError
-    where there are no batches, no pairs of convolution and BN, or where a response holds NaN or infinity.
+    model: any network, on any device; it is left as it was. batches: image tensors (N, C, H, W), (images, labels), or
+    dicts of tensors that the network takes as keywords, already normalised. precision: `float32`, or `bfloat16` for
+    autocast. kernel_size: of the convolutions that are measured. grouped: False leaves out convolutions of several
+    groups. forward: runs the model on one batch of any other type, brings it to the model's device and returns the
+    output; the images of a batch are counted from the first tensor in it. progress: called with the number of images
+    after each batch.
+
+    `frame.attrs["unpaired"]` lists the convolutions of that kernel with an output that went into no BN unchanged.
+    `frame.attrs["accuracy"]` is the share of labels hit, or None: labels are the second of two, or `labels` in a dict;
+    logits are the output, the first tensor of a tuple, or `logits` or `out` in a dict. Raises ValueError where there
+    are no images, no pairs of convolution and BN, or where a response holds NaN or infinity.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: one of {', '.join(PRECISIONS)}")
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    autocast = torch.autocast(device_of(model).type, PRECISIONS[precision], enabled=precision != "float32")
     images = labelled = correct = 0
-    autocast = torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32")
-    with evaluation(model), autocast, recording(model) as record:
+    with evaluation(model), autocast, recording(model, kernel_size, grouped=grouped) as record:
         for batch in batches:
-            x, labels = (batch, None) if isinstance(batch, Tensor) else batch
-            output = model(x.to(device))
-            images += len(x)
-            if labels is not None:
-                labelled += len(labels)
-                correct += int((output.argmax(1) == labels.to(device)).sum())
-            progress(len(x))
+            finished = record.batch
+            size = count_images(batch)
+            output = (forward or run)(model, batch)
+            if record.batch == finished:  # `forward` ran parts of the model, so that the model's own hook did not
+                record.end_pass()
+            hits = compare(output, batch)
+            images, labelled, correct = images + size, labelled + len(hits), correct + int(hits.sum())
+            progress(size)
     if images == 0:
         raise ValueError("no images: there is nothing to measure")
+    while is_wrapper(model):
+        model = next(model.children())
     config = getattr(model, "config", None)
     frame = make_frame(
         describe_layers(record.layers),
@@ -177,7 +100,63 @@ def measure(
         source="hooks",
     )
     frame.attrs["accuracy"] = correct / labelled if labelled else None
+    frame.attrs["unpaired"] = record.unpaired
     return frame
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+
+
+def run(model: nn.Module, batch: Any) -> Any:
+    """The output for one batch, on the model's device."""
+    device = device_of(model)
+    if isinstance(batch, Mapping):
+        return model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
+    images = batch[0] if isinstance(batch, tuple | list) and len(batch) in (1, 2) else batch
+    if not isinstance(images, Tensor):
+        raise ValueError(
+            f"a batch is {BATCHES}, not {type(batch).__name__} of {len(batch)}: say forward=, which runs it"
+        )
+    return model(images.to(device))
+
+
+def tensors_in(batch: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping | tuple | list):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from tensors_in(part)
+
+
+def count_images(batch: Any) -> int:
+    first = next(tensors_in(batch), None)
+    if first is None or first.dim() == 0:
+        raise ValueError(f"no tensor (N, ...) in a batch of type {type(batch).__name__}: its images cannot be counted")
+    return len(first)
+
+
+def compare(output: Any, batch: Any) -> Tensor:
+    """Whether each label is hit (n,); no values where there are no labels, or no logits (N, classes, ...) for them."""
+    logits, labels = logits_of(output), labels_of(batch)
+    if logits is None or logits.dim() < 2 or labels is None or labels.is_floating_point():
+        return torch.zeros(0)
+    predicted = logits.argmax(1)
+    return (predicted == labels.to(predicted.device)).flatten() if predicted.shape == labels.shape else torch.zeros(0)
+
+
+def labels_of(batch: Any) -> Tensor | None:
+    pair = isinstance(batch, tuple | list) and len(batch) == 2
+    labels = batch.get("labels") if isinstance(batch, Mapping) else batch[1] if pair else None
+    return labels if isinstance(labels, Tensor) else None
+
+
+def logits_of(output: Any) -> Tensor | None:
+    if isinstance(output, Mapping):
+        output = [output.get("logits"), output.get("out")]
+    parts = output if isinstance(output, tuple | list) else [output]
+    return next((part for part in parts if isinstance(part, Tensor)), None)
 
 
 def describe_layers(layers: list[Layer]) -> list[dict[str, object]]:

@@ -12,39 +12,29 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
-from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from analysis.inputs import Found, Network, Plan, add_options, check_folder, check_options, positive, split_label
 
 if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help does without
     import pandas as pd
     from matplotlib.figure import Figure
-    from torch import Tensor
-
-    from models.checkpoints import Checkpoint
-    from models.cifar10 import Cifar10
-    from models.preprocess import Preprocessing
 
 PAPER_DEPTHS = [20, 56, 110]
 PAPER_ITERATIONS = 64_000
 UNDATED = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}  # the same figure gives the same bytes
 
 
-@dataclass(frozen=True)
-class Network:
-    """A checkpoint under the label that the frame and the figure give it."""
-
-    label: str
-    checkpoint: Checkpoint
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
     parser = make_parser()
     args = parser.parse_args(argv)
+    if args.depth is None:
+        args.depth = [] if args.checkpoint else PAPER_DEPTHS
+    if args.kind and len(args.kind) > 1 and not args.depth:
+        parser.error("--kind: one kind at a time where it says what the checkpoints are")
     check_options(parser, args)
     try:
         run(args)
@@ -71,135 +61,48 @@ def make_parser() -> argparse.ArgumentParser:
     add("--kind", choices=("residual", "plain"), nargs="+", help="kinds of shipped networks (default: both, but for "
         "plain-110, as in the paper); without any, what the checkpoints are")  # fmt: skip
     add("--checkpoint", nargs="+", default=[], metavar="[LABEL=]PATH", help="files of trained networks")
-    add("--source", choices=("hooks", "batchnorm"), help="measure on images, or compute from BN's tensors alone "
-        "(default: hooks, and batchnorm where there are no images)")  # fmt: skip
-    add("--data", type=Path, metavar="PATH", help="CIFAR-10: parquet, official version, archive or folder of images "
-        "(default: $CIFAR10, ./data, the cache folder, a download)")  # fmt: skip
-    add("--split", choices=("test", "train"), default="test", help="default: %(default)s")
-    add("--images", type=positive, metavar="N", help="measure on the first N images (default: all)")
-    add("--normalize", default="auto", metavar="PRESET", help="imagenet, cifar10, cifar10-2, [-1,1], [0,1], per-pixel "
-        "or auto (the file's card, else what fits; the default)")  # fmt: skip
-    add("--batch-size", type=positive, default=128, metavar="N", help="images at a time (default: %(default)s)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
-    add("--precision", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
-    add("--out", type=Path, default=Path("figures"), metavar="DIR", help="default: %(default)s")
-    add("--format", choices=("png", "pdf", "svg"), nargs="+", default=["png", "pdf"], help="default: png pdf")
+    add_options(parser)
     add("--no-paper", action="store_true", help="leave out the paper's own curves")
-    add("--debug", action="store_true", help="show the traceback of an error")
     return parser
-
-
-def positive(text: str) -> int:
-    """A whole number of 1 or more; argparse says so where it is not."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
-
-
-def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with argparse's usage line and status 2 where options do not go together."""
-    if args.depth is None:
-        args.depth = [] if args.checkpoint else PAPER_DEPTHS
-    if args.kind and len(args.kind) > 1 and not args.depth:
-        parser.error("--kind: one kind at a time where it says what the checkpoints are")
-    from models.preprocess import PER_PIXEL, PRESETS
-
-    presets = ["auto", *PRESETS, PER_PIXEL]
-    if args.normalize not in presets:
-        parser.error(f"--normalize: unknown preset {args.normalize!r}; one of {', '.join(presets)}")
-    import torch
-
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device on this machine; use --device cpu")
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print and write. Raises ValueError or OSError, with what to do, for bad input."""
     import pandas as pd
 
+    from analysis.inputs import measure_all, prepare
     from analysis.paper import curves
     from plots import draw_fig7
 
     check_folder(args.out)
-    data = find_data(args)
-    networks = load_networks(args, data)
-    frames = measure_all(args, networks, data)
+    plan = prepare(args, [*find_shipped(args), *find_checkpoints(args)])
+    frames = measure_all(args, plan)
     provenance = {
-        network.label: describe_network(args, network, frame, data)
-        for network, frame in zip(networks, frames, strict=True)
+        network.label: describe_network(args, network, frame, plan)
+        for network, frame in zip(plan.networks, frames, strict=True)
     }
     accuracies = [frame.attrs.pop("accuracy", None) for frame in frames]
+    for part in frames:
+        part.attrs.clear()
     frame = pd.concat(frames, ignore_index=True)
-    figure = draw_fig7(frame, None if args.no_paper else curves(), note=short_runs(networks))
+    figure = draw_fig7(frame, None if args.no_paper else curves(), note=short_runs(plan.networks))
     written = write_all(args.out, args.format, frame, provenance, figure)
-    print_table(frames, accuracies)
-    print_claims(frame)
+    print_table([part[part["source"] == plan.sources[0]] for part in frames], accuracies)
+    if len(plan.sources) > 1:
+        print_differences(frame)
+    print_claims(frame[frame["source"] == plan.sources[0]])
     print("\n" + "\n".join(f"wrote {path}" for path in written))
 
 
-def check_folder(folder: Path) -> None:
-    """Make the folder for the results, before the work. ValueError where it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"--out {folder}: {error.strerror}; name a folder that can be written") from error
-
-
-def find_data(args: argparse.Namespace) -> Cifar10 | None:
-    """The images to measure on, or None for the closed form."""
-    from models import cifar10
-    from models.layouts import NoData
-
-    if args.source == "batchnorm":
-        return None
-    try:
-        data = cifar10.load(args.data, args.split)
-    except NoData as error:
-        if args.data or args.source == "hooks":
-            raise
-        print(f"{error}\nno images: the closed form from BN's tensors instead (--source batchnorm)", file=sys.stderr)
-        return None
-    if args.images and args.images > len(data.images):
-        raise ValueError(f"--images {args.images}: there are {len(data.images)} {args.split} images in {data.path}")
-    print(data.describe())
-    return data
-
-
-def load_networks(args: argparse.Namespace, data: Cifar10 | None) -> list[Network]:
-    """Read all checkpoints, say what each is and how that is known, and give each a label of its own."""
-    networks: list[Network] = []
-    for label, path, kind in [*find_shipped(args), *find_checkpoints(args)]:
-        checkpoint = load_checkpoint(args, label, path, kind, data)
-        taken = {network.label for network in networks}
-        if label is None:
-            label = checkpoint.model.config.name
-            label = path.stem if label in taken else label
-        if label in taken:
-            raise ValueError(f"two networks are called {label}: name them, --checkpoint LABEL=PATH LABEL=PATH")
-        networks.append(Network(label, checkpoint))
-        config, how = checkpoint.model.config, checkpoint.how
-        iterations = trained(checkpoint)
-        length = "" if iterations is None else f", trained for {iterations:,} iterations"
-        print(f"{label}: network {config.name} ({how['kind']}){length}")
-        if data is not None and checkpoint.preprocessing is not None:
-            name, padding = checkpoint.preprocessing.name, checkpoint.crop_padding
-            print(f"{label}: preprocessing {name}, {padding} padding in training ({how['preprocessing']})")
-        for warning in checkpoint.warnings:
-            print(f"warning: {label}: {warning}", file=sys.stderr)
-    return networks
-
-
-def find_shipped(args: argparse.Namespace) -> list[tuple[str | None, Path, str | None]]:
-    """The label, the file and the kind of every shipped network that is asked for; a line for each that is not there.
+def find_shipped(args: argparse.Namespace) -> list[Found]:
+    """Every shipped network that is asked for; a line on stderr for each that is not there.
 
     Raises ValueError where there is none of them, and no checkpoint to draw in their place.
     """
     from models import zoo
     from models.resnet import network_name
 
-    found: list[tuple[str | None, Path, str | None]] = []
+    found: list[Found] = []
     missing: list[str] = []
     for kind in dict.fromkeys(args.kind or ("plain", "residual")):
         for depth in dict.fromkeys(args.depth):
@@ -207,7 +110,7 @@ def find_shipped(args: argparse.Namespace) -> list[tuple[str | None, Path, str |
             if kind == "plain" and depth >= max(PAPER_DEPTHS) and not args.kind:
                 continue  # the paper leaves it out: its training error is above 60 %
             if name in zoo.shipped():
-                found.append((name, zoo.find(name), None))
+                found.append(Found(name, zoo.find(name)))
             else:
                 missing.append(not_shipped(name, kind, depth))
     if missing and not found and not args.checkpoint:
@@ -232,50 +135,16 @@ def not_shipped(name: str, kind: str, depth: int) -> str:
     )
 
 
-def find_checkpoints(args: argparse.Namespace) -> list[tuple[str | None, Path, str | None]]:
-    """The label, the file and the kind of every checkpoint, where they are said."""
+def find_checkpoints(args: argparse.Namespace) -> list[Found]:
+    """Every checkpoint that is named, with its label and kind, where they are said."""
     kind = args.kind[0] if args.kind and not args.depth else None
-    return [(*split_label(item), kind) for item in args.checkpoint]
-
-
-def split_label(item: str) -> tuple[str | None, Path]:
-    """LABEL=PATH or PATH. A path that exists wins: Lightning's files are called epoch=3-step=100.ckpt."""
-    label, equals, path = item.partition("=")
-    if not equals or Path(item).exists():
-        return None, Path(item)
-    return label or None, Path(path)
-
-
-def load_checkpoint(
-    args: argparse.Namespace, label: str | None, path: Path, kind: str | None, data: Cifar10 | None
-) -> Checkpoint:
-    """Read one checkpoint; where nothing else says whether it is residual or plain, its label does."""
-    from models.checkpoints import load
-    from models.resnet import parse_name
-
-    normalize = None if args.normalize == "auto" else args.normalize
-    checkpoint = load(path, kind=kind, normalize=normalize, images=None if data is None else data.images)
-    try:
-        named = parse_name(label or "")
-    except ValueError:
-        return checkpoint  # a label of the user's own
-    if checkpoint.how["kind"] == "assumed" and named[0] != checkpoint.model.config.kind:
-        checkpoint = load(path, kind=named[0], normalize=normalize)
-    config = checkpoint.model.config
-    if named != (config.kind, config.depth):
-        checkpoint.warnings.append(f"the label says {label}, the file holds {config.name}")
-    return checkpoint
-
-
-def trained(checkpoint: Checkpoint) -> int | None:
-    """For how many iterations, where the file has a card of our trainer that says so."""
-    training = checkpoint.card.get("training")
-    iterations = training.get("iterations") if isinstance(training, dict) else None
-    return iterations if isinstance(iterations, int) else None
+    return [Found(*split_label(item), kind) for item in args.checkpoint]
 
 
 def short_runs(networks: list[Network]) -> str:
     """Which networks were trained for less than the paper's number of iterations, in words for the figure."""
+    from analysis.inputs import trained
+
     lengths: dict[int, list[str]] = {}
     for network in networks:
         iterations = trained(network.checkpoint)
@@ -288,61 +157,14 @@ def short_runs(networks: list[Network]) -> str:
     )
 
 
-def measure_all(args: argparse.Namespace, networks: list[Network], data: Cifar10 | None) -> list[pd.DataFrame]:
-    """The frame of each network, measured on the images, or by the closed form where there are none."""
-    import torch
-    from tqdm import tqdm
-
-    from analysis.frame import make_frame
-    from analysis.hooks import measure
-    from models.batchnorm import closed_form
-
-    if data is None:
-        return [
-            make_frame(closed_form(model), network=network.label, kind=c.kind, depth=c.depth, source="batchnorm")
-            for network in networks
-            for model in [network.checkpoint.model]
-            for c in [model.config]
-        ]
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    total = args.images or len(data.images)
-    frames = []
-    with tqdm(total=total * len(networks), unit=" images", leave=False, disable=None) as bar:
-        for network in networks:
-            bar.set_description(network.label)
-            checkpoint = network.checkpoint
-            assert checkpoint.preprocessing is not None  # recognised at the latest, as there are images
-            batches = make_batches(data, total, args.batch_size, checkpoint.preprocessing)
-            model = checkpoint.model.to(device)
-            options = {"network": network.label, "precision": args.precision, "progress": bar.update}
-            try:
-                frames.append(measure(model, batches, **options))
-            except ValueError as error:
-                raise ValueError(f"{checkpoint.path}: {error}") from error
-    return frames
-
-
-def make_batches(
-    data: Cifar10, total: int, size: int, normalise: Preprocessing
-) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
-    """The first `total` images, normalised, in batches (n, 3, 32, 32) with labels (n,) where there are labels."""
-    import torch
-
-    for start in range(0, total, size):
-        part = slice(start, min(start + size, total))
-        images = normalise(data.images[part])
-        yield images if data.labels is None else (images, torch.from_numpy(data.labels[part]))
-
-
-def describe_network(
-    args: argparse.Namespace, network: Network, frame: pd.DataFrame, data: Cifar10 | None
-) -> dict[str, Any]:
+def describe_network(args: argparse.Namespace, network: Network, frame: pd.DataFrame, plan: Plan) -> dict[str, Any]:
     """Where a network's numbers come from, as JSON can hold it."""
-    checkpoint = network.checkpoint
+    checkpoint, data = network.checkpoint, plan.data
+    name = None if checkpoint.config is None else checkpoint.config.name
     entry: dict[str, Any] = {
         "checkpoint": {"path": str(checkpoint.path), "sha256": checkpoint.digest, "card": checkpoint.card},
-        "network": {"name": checkpoint.model.config.name, "kind_known": checkpoint.how["kind"]},
-        "source": frame["source"].iloc[0],
+        "network": {"name": name, "kind_known": checkpoint.how["kind"], "model": args.model},
+        "source": plan.sources,
         "warnings": checkpoint.warnings,
         "versions": versions(),
     }
@@ -352,9 +174,8 @@ def describe_network(
             "known": checkpoint.how["preprocessing"],
             "crop_padding": checkpoint.crop_padding,
         }
-        entry["data"] = {"path": str(data.path), "layout": data.layout, "split": data.split}
-        entry["data"] |= {"sha256": data.digest, "exact": data.exact, "images": int(frame["images"].iloc[0])}
-        device = str(next(checkpoint.model.parameters()).device)
+        entry["data"] = {**data.provenance(), "images": int(frame["images"].max())}
+        device = str(next(network.model.parameters()).device)
         entry |= {"device": device, "precision": args.precision, "accuracy": frame.attrs["accuracy"]}
     return entry
 
@@ -394,6 +215,23 @@ def print_table(frames: list[pd.DataFrame], accuracies: list[float | None]) -> N
             }
         )
     print("\n" + pd.DataFrame(rows).to_string(index=False))
+
+
+def print_differences(frame: pd.DataFrame) -> None:
+    """How far the closed form is from what hooks measured, network by network."""
+    print("\nThe closed form against hooks, relative differences of std:")
+    for network, layers in frame.groupby("network", sort=False):
+        sources = [layers[layers["source"] == source] for source in ("hooks", "batchnorm")]
+        both = sources[0].merge(sources[1], on=["name", "norm"], suffixes=("", "_formula"))
+        if both.empty:
+            print(f"  {network}: no layer in both")
+            continue
+        difference = (both["std_formula"] / both["std"] - 1).abs()
+        worst = both.loc[difference.idxmax()]
+        print(
+            f"  {network}: mean {100 * difference.mean():.1f} %, largest {100 * difference.max():.1f} % in layer "
+            f"{worst['layer']} ({worst['name']}), {len(both)} layers of {len(sources[0])}"
+        )
 
 
 def print_claims(frame: pd.DataFrame) -> None:

@@ -13,7 +13,8 @@ from PIL import Image
 
 import analysis
 from analysis.frame import COLUMNS
-from analysis.responses import main, split_label
+from analysis.inputs import split_label
+from analysis.responses import main
 from models import build, checkpoints, cifar10, closed_form, zoo
 from models.layouts import CLASSES
 from models.preprocess import PRESETS
@@ -191,7 +192,7 @@ def test_the_closed_form_needs_no_images(files, tmp_path, capsys):
     assert frame[frame["network"] == "plain-8"]["std"].tolist() == pytest.approx(expected.tolist())
     assert "closed form from BN's tensors, not measured on images" in (tmp_path / "fig7.svg").read_text()
     entry = json.loads((tmp_path / "responses.json").read_text())["plain-8"]
-    assert entry["source"] == "batchnorm"
+    assert entry["source"] == ["batchnorm"]
     assert "data" not in entry
     assert "accuracy" not in entry
 
@@ -298,9 +299,10 @@ BAD = {
     "missing file": (lambda p, f: p / "gone.pth", {}, "error: {path}/gone.pth: no such file; a checkpoint is a file"),
     "text": (text, {}, "error: {path}/notes.pt: not a checkpoint, damaged or truncated; a checkpoint is a file of"),
     "code": (evil, {}, "error: {path}/evil.pt: refused: it asks for posix.system, which could run code"),
-    "other network": (other_network, {}, "error: {path}/other.pt: not a CIFAR-10 network of He et al."),
-    "missing tensor": (missing_tensor, {}, "error: {path}/missing.pt: the tensors are not those of a network of 8 "
-                       "layers: bn1.weight is missing"),
+    "other network": (other_network, {}, "error: {path}/other.pt: none of the paper's networks (CIFAR-10's: "),
+    "missing tensor": (missing_tensor, {}, "error: {path}/missing.pt: the tensors are not those of resnet-8: "
+                       "bn1.weight is missing; --model FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION builds any other "
+                       "network, --source batchnorm needs none"),
     "extra tensor": (extra_tensor, {}, "layer1.0.bn3.weight is too many"),
     "NaN in the weights": (nan_weights, {}, "error: {path}/nan.pt: NaN or infinity in conv1.weight: the training "
                            "diverged, or the file is damaged"),
@@ -422,7 +424,7 @@ def test_depth_and_kind_choose_among_the_shipped_networks(shelf, images, tmp_pat
         "plain-14 is not shipped (there are: plain-8, resnet-8, resnet-14); "
         "python -m models.train --depth 14 --kind plain makes it\n"
     )
-    assert "plain-8: network plain-8 (card, misfit 0.00), trained for 1,000 iterations\n" in shown.out
+    assert "plain-8: network plain-8 (card), trained for 1,000 iterations\n" in shown.out
     note = "plain-8, resnet-8 trained for 1,000 of the paper's 64,000 iterations"
     assert note in (tmp_path / "fig7.svg").read_text()
     assert run("--depth", 14, 8, "--kind", "residual", *words) == 0

@@ -1,0 +1,345 @@
+"""What the commands of this package measure: networks from files, and images that suit them.
+
+The options are the same in every command (`add_options`), and so is the way from them to frames:
+
+    plan = prepare(args, found)  # found: label, file and kind of each network
+    frames = measure_all(args, plan)
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help does without
+    import pandas as pd
+    from torch import Tensor, nn
+
+    from models.checkpoints import Checkpoint
+    from models.cifar10 import Cifar10
+    from models.images import ImageFolder
+    from models.preprocess import Preprocessing
+
+BATCH_SIZES = {"cifar": 128, "imagenet": 16}  # images at a time
+SAMPLE = 64  # images of 224x224 pixels by which a network is recognised
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file to read: the label that was asked for, if any, where it lies, and its kind, if that was said."""
+
+    label: str | None
+    path: Path
+    kind: str | None = None
+
+
+@dataclass(frozen=True)
+class Network:
+    """A checkpoint under the label that the frame and the figure give it."""
+
+    label: str
+    checkpoint: Checkpoint
+
+    @property
+    def model(self) -> nn.Module:
+        """The network; there is one wherever it is to run."""
+        assert self.checkpoint.model is not None
+        return self.checkpoint.model
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The networks, the images to measure them on (None for the closed form alone), and the sources of the numbers."""
+
+    networks: list[Network]
+    data: Cifar10 | ImageFolder | None
+    sources: list[str]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say what is measured, on what, and how."""
+    add = parser.add_argument
+    add("--source", nargs="+", choices=("hooks", "batchnorm"), help="measure on images, compute from BN's tensors "
+        "alone, or both (default: hooks, and batchnorm where there are no images)")  # fmt: skip
+    add("--data", type=Path, metavar="PATH", help="CIFAR-10: parquet, official version, archive or folder of images "
+        "(default: $CIFAR10, ./data, cache folder, download); for ImageNet's networks a folder of images")  # fmt: skip
+    add("--split", choices=("test", "train"), default="test", help="of CIFAR-10 (default: %(default)s)")
+    add("--images", type=positive, metavar="N", help="measure on the first N images (default: all)")
+    add("--normalize", default="auto", metavar="PRESET", help="imagenet, cifar10, cifar10-2, [-1,1], [0,1], per-pixel "
+        "or auto (the file's card, else what fits; the default)")  # fmt: skip
+    add("--model", metavar="FILE.py:FUNCTION", help="builds the network of the checkpoints, where it is none of the "
+        "paper's; or PACKAGE.MODULE:FUNCTION")  # fmt: skip
+    add("--ema", action="store_true", help="take the averaged copy of the weights (EMA) that lies in a checkpoint")
+    add("--batch-size", type=positive, metavar="N", help="images at a time (default: 128; of 224x224 pixels 16)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    add("--precision", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
+    add("--out", type=Path, default=Path("figures"), metavar="DIR", help="default: %(default)s")
+    add("--format", choices=("png", "pdf", "svg"), nargs="+", default=["png", "pdf"], help="default: png pdf")
+    add("--debug", action="store_true", help="show the traceback of an error")
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more; argparse says so where it is not."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with argparse's usage line and status 2 where an option's value does not exist on this machine."""
+    from models.preprocess import PER_PIXEL, PRESETS
+
+    presets = ["auto", *PRESETS, PER_PIXEL]
+    if args.normalize not in presets:
+        parser.error(f"--normalize: unknown preset {args.normalize!r}; one of {', '.join(presets)}")
+    import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device on this machine; use --device cpu")
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder for the results, before the work. ValueError where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {folder}: {error.strerror}; name a folder that can be written") from error
+
+
+def split_label(item: str) -> tuple[str | None, Path]:
+    """LABEL=PATH or PATH. A path that exists wins: Lightning's files are called epoch=3-step=100.ckpt."""
+    label, equals, path = item.partition("=")
+    if not equals or Path(item).exists():
+        return None, Path(item)
+    return label or None, Path(path)
+
+
+def prepare(args: argparse.Namespace, found: Sequence[Found]) -> Plan:
+    """Read the files, find images for their networks, and say on stdout what each is and how that is known.
+
+    Raises ValueError or OSError, with what to do, for bad input.
+    """
+    checkpoints = [load_checkpoint(args, item, None) for item in found]
+    data = find_data(args, checkpoints)
+    if data is not None:
+        sample = sample_of(data)
+        checkpoints = [load_checkpoint(args, item, sample) for item in found]
+    networks: list[Network] = []
+    for item, checkpoint in zip(found, checkpoints, strict=True):
+        label = choose_label(item, checkpoint, {network.label for network in networks})
+        networks.append(Network(label, checkpoint))
+        announce(networks[-1], data)
+    return Plan(networks, data, args.source or (["batchnorm"] if data is None else ["hooks"]))
+
+
+def load_checkpoint(args: argparse.Namespace, item: Found, sample: Any) -> Checkpoint:
+    """Read one checkpoint; where nothing else says whether it is residual or plain, its label does."""
+    from models.checkpoints import load
+    from models.resnet import parse_name
+    from models.userland import build_from
+
+    model = build_from(args.model) if args.model and not is_shipped(item.path) else None
+    normalize = None if args.normalize == "auto" else args.normalize
+    options: dict[str, Any] = {"normalize": normalize, "ema": args.ema and not is_shipped(item.path), "model": model}
+    options["need_model"] = args.source != ["batchnorm"]
+    checkpoint = load(item.path, kind=item.kind, images=sample, **options)
+    try:
+        named = parse_name(item.label or "")
+    except ValueError:
+        return checkpoint  # a label of the user's own
+    if checkpoint.config is None:
+        return checkpoint
+    if checkpoint.how["kind"] == "assumed" and named.kind != checkpoint.config.kind:
+        checkpoint = load(item.path, kind=named.kind, **options)
+    config = checkpoint.config
+    if config is not None and named.name != config.name:
+        checkpoint.warnings.append(f"the label says {item.label}, the file holds {config.name}")
+    return checkpoint
+
+
+def is_shipped(path: Path) -> bool:
+    from models import zoo
+
+    return path.parent == Path(zoo.__file__).parent
+
+
+def choose_label(item: Found, checkpoint: Checkpoint, taken: set[str]) -> str:
+    """The label that was asked for, else the network's name, else the file's. ValueError where it is taken."""
+    label = item.label
+    if label is None:
+        label = item.path.stem if checkpoint.config is None else checkpoint.config.name
+        label = item.path.stem if label in taken else label
+    if label in taken:
+        raise ValueError(f"two networks are called {label}: name them, --checkpoint LABEL=PATH LABEL=PATH")
+    return label
+
+
+def announce(network: Network, data: Cifar10 | ImageFolder | None) -> None:
+    """Say what a network is and how that is known; warnings go to stderr."""
+    label, checkpoint = network.label, network.checkpoint
+    how, config = checkpoint.how, checkpoint.config
+    iterations = trained(checkpoint)
+    length = "" if iterations is None else f", trained for {iterations:,} iterations"
+    copy = f", weights: {how['weights']}" if "weights" in how else ""
+    name = config.name if config else type(checkpoint.model).__name__ if checkpoint.model else "none of the paper's"
+    print(f"{label}: network {name} ({how['kind']}){length}{copy}")
+    if data is not None and checkpoint.preprocessing is not None:
+        padding = "" if checkpoint.crop_padding is None else f", {checkpoint.crop_padding} padding in training"
+        print(f"{label}: preprocessing {checkpoint.preprocessing.name}{padding} ({how['preprocessing']})")
+    for warning in checkpoint.warnings:
+        print(f"warning: {label}: {warning}", file=sys.stderr)
+
+
+def trained(checkpoint: Checkpoint) -> int | None:
+    """For how many iterations, where the file has a card of our trainer that says so."""
+    training = checkpoint.card.get("training")
+    iterations = training.get("iterations") if isinstance(training, dict) else None
+    return iterations if isinstance(iterations, int) else None
+
+
+def find_data(args: argparse.Namespace, checkpoints: list[Checkpoint]) -> Cifar10 | ImageFolder | None:
+    """The images to measure on, or None for the closed form."""
+    if args.source == ["batchnorm"]:
+        return None
+    sizes = {checkpoint.config.images for checkpoint in checkpoints if checkpoint.config is not None}
+    if len(sizes) > 1:
+        raise ValueError("networks for 32x32 and for 224x224 images in one command: measure them in two")
+    data = find_folder(args, sizes) if sizes == {"imagenet"} else find_cifar10(args, sizes)
+    if data is not None:
+        if args.images and args.images > len(data):
+            raise ValueError(f"--images {args.images}: there are {len(data)} images in {data.path}")
+        print(data.describe())
+    return data
+
+
+def find_folder(args: argparse.Namespace, sizes: set[str]) -> ImageFolder | None:
+    """A folder of images for networks of 224x224 input."""
+    from models.images import ImageFolder
+
+    if args.data:
+        return ImageFolder.open(args.data)
+    message = "no images for networks of 224x224 input: name a folder of them with --data"
+    if args.source:
+        raise ValueError(message)
+    print(f"{message}\n{INSTEAD}", file=sys.stderr)
+    return None
+
+
+INSTEAD = "no images: the closed form from BN's tensors instead (--source batchnorm)"
+
+
+def find_cifar10(args: argparse.Namespace, sizes: set[str]) -> Cifar10 | ImageFolder | None:
+    """CIFAR-10; for a network of the user's own, whose input size is not known, else a folder of images."""
+    from models import cifar10
+    from models.layouts import NoData, WrongSize
+
+    try:
+        return cifar10.load(args.data, args.split)
+    except (NoData, WrongSize) as error:
+        if args.data and not sizes and args.data.is_dir():
+            return find_folder(args, sizes)
+        if args.data or args.source:
+            raise
+        print(f"{error}\n{INSTEAD}", file=sys.stderr)
+        return None
+
+
+def sample_of(data: Cifar10 | ImageFolder) -> Any:
+    """Images (n, H, W, 3) uint8 by which networks are recognised."""
+    from models.images import ImageFolder
+
+    return data.sample(SAMPLE) if isinstance(data, ImageFolder) else data.images
+
+
+def measure_all(args: argparse.Namespace, plan: Plan) -> list[pd.DataFrame]:
+    """The frame of each network: measured on the images, by the closed form, or both, one below the other."""
+    import pandas as pd
+
+    parts: list[list[pd.DataFrame]] = [[] for _ in plan.networks]
+    if "hooks" in plan.sources:
+        assert plan.data is not None  # find_data raises where hooks are asked for and there are none
+        for part, frame in zip(parts, measure_on(args, plan.networks, plan.data), strict=True):
+            part.append(frame)
+    if "batchnorm" in plan.sources:
+        for part, network in zip(parts, plan.networks, strict=True):
+            part.append(compute(network))
+    result = []
+    for frames in parts:
+        result.append(pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0])
+        result[-1].attrs = dict(frames[0].attrs)
+    return result
+
+
+def compute(network: Network) -> pd.DataFrame:
+    """The frame of one network by the closed form."""
+    from analysis.frame import make_frame
+    from models.batchnorm import closed_form
+
+    checkpoint, config = network.checkpoint, network.checkpoint.config
+    try:
+        rows = closed_form(checkpoint.state if checkpoint.model is None else checkpoint.model)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from error
+    kind, depth = ("other", None) if config is None else (config.kind, config.depth)
+    if ambiguous := rows.attrs.pop("ambiguous"):
+        more = f" and {len(ambiguous) - 3} more" if len(ambiguous) > 3 else ""
+        line = f"names and order of the tensors do not agree on {', '.join(ambiguous[:3])}{more}: a forward pass tells"
+        checkpoint.warnings.append(line)
+        print(f"warning: {network.label}: {line}", file=sys.stderr)
+    return make_frame(rows, network=network.label, kind=kind, depth=depth, source="batchnorm")
+
+
+def measure_on(
+    args: argparse.Namespace, networks: list[Network], data: Cifar10 | ImageFolder
+) -> Iterator[pd.DataFrame]:
+    """The frame of each network, measured on images."""
+    import torch
+    from tqdm import tqdm
+
+    from analysis.hooks import measure
+
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    total = args.images or len(data)
+    with tqdm(total=total * len(networks), unit=" images", leave=False, disable=None) as bar:
+        for network in networks:
+            bar.set_description(network.label)
+            checkpoint = network.checkpoint
+            assert checkpoint.preprocessing is not None  # recognised at the latest, as there are images
+            batches = make_batches(data, total, args.batch_size, checkpoint.preprocessing, classes(network))
+            options = {"network": network.label, "precision": args.precision, "progress": bar.update}
+            try:
+                yield measure(network.model.to(device), batches, **options)
+            except ValueError as error:
+                raise ValueError(f"{checkpoint.path}: {error}") from error
+
+
+def classes(network: Network) -> int | None:
+    """The number of the network's outputs, where it is known."""
+    config = network.checkpoint.config
+    return None if config is None else config.classes
+
+
+def make_batches(
+    data: Cifar10 | ImageFolder, total: int, size: int | None, normalise: Preprocessing, classes: int | None
+) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
+    """The first `total` images, normalised, in batches (n, 3, H, W), with labels (n,) where they are the network's."""
+    import torch
+
+    from models.images import ImageFolder
+
+    if isinstance(data, ImageFolder):
+        parts = data.batches(size or BATCH_SIZES["imagenet"], total)
+        labelled = data.classes == classes
+    else:
+        parts = data.batches(size or BATCH_SIZES["cifar"], total)
+        labelled = True
+    for images, labels in parts:
+        x = normalise(images)
+        yield x if labels is None or not labelled else (x, torch.from_numpy(labels))
