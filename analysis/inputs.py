@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help 
     from models.preprocess import Preprocessing
 
 BATCH_SIZES = {"cifar": 128, "imagenet": 16}  # images at a time
+BLOCK_IMAGES = 512  # on which residual blocks are measured
 SAMPLE = 64  # images of 224x224 pixels by which a network is recognised
 
 
@@ -318,6 +319,27 @@ def measure_on(
                 yield measure(network.model.to(device), batches, **options)
             except ValueError as error:
                 raise ValueError(f"{checkpoint.path}: {error}") from error
+
+
+def measure_blocks(args: argparse.Namespace, plan: Plan) -> pd.DataFrame | None:
+    """Branch and shortcut of every residual block, on the first images; None where nothing runs on images."""
+    import pandas as pd
+    import torch
+
+    from analysis.branches import recording_blocks
+    from analysis.hooks import evaluation, run
+
+    if plan.data is None:
+        return None
+    frames = []
+    total = min(BLOCK_IMAGES, args.images or len(plan.data))
+    for network in plan.networks:
+        assert network.checkpoint.preprocessing is not None
+        with evaluation(network.model), recording_blocks(network.model) as record, torch.no_grad():
+            for batch in make_batches(plan.data, total, args.batch_size, network.checkpoint.preprocessing, None):
+                run(network.model, batch)
+            frames.append(record.frame(network.label))
+    return pd.concat(frames, ignore_index=True)
 
 
 def classes(network: Network) -> int | None:

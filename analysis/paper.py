@@ -9,21 +9,15 @@ The paper is He et al., "Deep Residual Learning for Image Recognition", CVPR 201
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from importlib.resources import files
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pandas as pd
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One of the paper's statements, judged. verdict: `holds`, `does not hold` or `cannot be judged here`."""
-
-    statement: str
-    verdict: str
-    evidence: str
 
 
 def curves() -> pd.DataFrame:
@@ -55,25 +49,111 @@ def against_paper(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def judge(frame: pd.DataFrame) -> list[Claim]:
-    """The paper's two claims about means over layers, judged on the networks of a frame."""
-    means = frame.groupby(["network", "kind", "depth"], sort=False, dropna=False)["std"].mean().reset_index()
-    residual, plain = (means[means["kind"] == kind] for kind in ("residual", "plain"))
-    same_depth = [(r, p) for r in residual.itertuples() for p in plain.itertuples() if r.depth == p.depth]
-    ordered = [(d, s) for s in residual.itertuples() for d in residual.itertuples() if d.depth > s.depth]
-    return [
-        judge_order("residual responses are smaller than plain ones of the same depth", same_depth),
-        judge_order("deeper ResNets have smaller responses", ordered),
-    ]
+def judge(frame: pd.DataFrame, blocks: pd.DataFrame | None = None) -> pd.DataFrame:
+    """The paper's three statements about Fig. 7, judged on the networks of a frame.
+
+    frame: one source for all networks (see analysis.frame). blocks: the blocks of their residual networks (see
+    analysis.branches), which the third statement is about. One row a number: claim (1 to 3), statement, networks (whose
+    it is), measure, value, expected (`< 0` or `> 0.5`), verdict and sentence. A verdict is `holds` where the value is
+    as the paper says, else `does not hold`; a statement that no two networks here can decide has one row with `cannot
+    be judged here` and no value. Layers of two networks are compared at the same position, as in Fig. 7.
+    """
+    rows: list[dict[str, Any]] = []
+    for number, (statement, measures, why_not) in enumerate(zip(STATEMENTS, MEASURES, WHY_NOT, strict=True), start=1):
+        claim = {"claim": number, "statement": statement}
+        found = list(measures(frame, blocks))
+        nothing = Number("", "", math.nan, "", why_not)
+        for item in found or [nothing]:
+            holds = item.value < 0 if item.expected == "< 0" else item.value > 0.5
+            verdict = ("holds" if holds else "does not hold") if found else "cannot be judged here"
+            rows.append(claim | asdict(item) | {"verdict": verdict})
+    return pd.DataFrame(rows)[list(CLAIM_COLUMNS)]
 
 
-def judge_order(statement: str, pairs: list[tuple[Any, Any]]) -> Claim:
-    """Whether in each pair of networks the first one's mean std is smaller."""
-    if not pairs:
-        return Claim(statement, "cannot be judged here", "no two networks to compare")
-    holds = all(small.std < large.std for small, large in pairs)
-    evidence = [
-        f"{small.network} {small.std:.3f} {'<' if small.std < large.std else '>='} {large.network} {large.std:.3f}"
-        for small, large in pairs
-    ]
-    return Claim(statement, "holds" if holds else "does not hold", ", ".join(evidence))
+@dataclass(frozen=True)
+class Number:
+    """What one statement says of two networks, as a number, and in words."""
+
+    networks: str
+    measure: str
+    value: float
+    expected: str
+    sentence: str
+
+
+def below_plain(frame: pd.DataFrame, blocks: pd.DataFrame | None) -> Iterator[Number]:
+    """Every residual network against every plain one of its depth."""
+    for (_, ours), (_, plain) in product(networks(frame, "residual"), networks(frame, "plain")):
+        if ours["depth"].iloc[0] != plain["depth"].iloc[0]:
+            continue
+        names = both_names(ours, plain)
+        yield difference(ours, plain, names)
+        both = ours.merge(plain, on="layer", suffixes=("", "_plain"))
+        below = both["std"] < both["std_plain"]
+        sentence = f"{names[0]} is below {names[1]} in {below.sum()} of {len(both)} layers"
+        yield Number(", ".join(names), "share of layers below", below.mean(), "> 0.5", sentence)
+
+
+def order_of_means(frame: pd.DataFrame, blocks: pd.DataFrame | None) -> Iterator[Number]:
+    """Every residual network against every shallower one."""
+    for shallow, deep in by_depth(networks(frame, "residual")):
+        yield difference(deep, shallow, both_names(deep, shallow))
+
+
+def smaller_steps(frame: pd.DataFrame, blocks: pd.DataFrame | None) -> Iterator[Number]:
+    """Every residual network's blocks against those of every shallower one."""
+    if blocks is None or blocks.empty:
+        return
+    medians = blocks.groupby("network")["ratio"].median()
+    for shallow, deep in by_depth(networks(frame, "residual")):
+        names = both_names(deep, shallow)
+        if set(names) <= set(medians.index):
+            ours, theirs = medians[names[0]], medians[names[1]]
+            yield Number(
+                ", ".join(names), "difference of median ratios of branch to shortcut", ours - theirs, "< 0",
+                f"a block's branch has {ours:.3f} times the std of its shortcut in {names[0]}, {theirs:.3f} times in "
+                f"{names[1]} (medians over blocks)",
+            )  # fmt: skip
+
+
+def difference(ours: pd.DataFrame, theirs: pd.DataFrame, names: tuple[str, str]) -> Number:
+    """Of two networks' means over layers."""
+    means = ours["std"].mean(), theirs["std"].mean()
+    value = means[0] - means[1]
+    relation = "less" if value < 0 else "more"
+    percent = abs(100 * value / means[1])
+    sentence = (
+        f"{names[0]} has a mean std of {means[0]:.3f}, {percent:.1f} % {relation} than {names[1]} ({means[1]:.3f})"
+    )
+    return Number(", ".join(names), "difference of mean std", value, "< 0", sentence)
+
+
+def networks(frame: pd.DataFrame, kind: str) -> list[tuple[Any, pd.DataFrame]]:
+    """The networks of a kind whose depth is known, each with its layers."""
+    known = frame[(frame["kind"] == kind) & frame["depth"].notna()]
+    return list(known.groupby("network", sort=False))
+
+
+def by_depth(found: list[tuple[Any, pd.DataFrame]]) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
+    """All pairs of a shallower and a deeper network."""
+    for (_, shallow), (_, deep) in product(found, found):
+        if shallow["depth"].iloc[0] < deep["depth"].iloc[0]:
+            yield shallow, deep
+
+
+def both_names(first: pd.DataFrame, second: pd.DataFrame) -> tuple[str, str]:
+    return str(first["network"].iloc[0]), str(second["network"].iloc[0])
+
+
+STATEMENTS = (
+    "residual responses are generally smaller than their plain counterparts'",
+    "deeper ResNets have smaller responses",
+    "an individual layer of a ResNet modifies the signal less when there are more",
+)
+MEASURES = (below_plain, order_of_means, smaller_steps)
+WHY_NOT = (
+    "no residual and plain network of one depth",
+    "no two residual networks of different depth",
+    "it takes images, and two residual networks of different depth",
+)
+CLAIM_COLUMNS = ("claim", "statement", "networks", "measure", "value", "expected", "verdict", "sentence")

@@ -3,8 +3,9 @@
     python -m analysis.responses --depth 20 56 110
     python -m analysis.responses --checkpoint resnet-20=resnet20-12fca82f.th --data cifar-10-python.tar.gz
 
-writes responses.csv, responses.json (where the numbers come from) and fig7.png/.pdf into --out, and says how far each
-network is from the paper's curve. Without images it computes the closed form from BN's tensors.
+writes responses.csv, claims.csv, responses.json (where the numbers come from) and fig7.png/.pdf into --out, says how far
+each network is from the paper's curve, and judges the paper's claims. Without images it computes the closed form from
+BN's tensors.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help 
 
 PAPER_DEPTHS = [20, 56, 110]
 PAPER_ITERATIONS = 64_000
+MARKS = {"holds": "+", "does not hold": "-", "cannot be judged here": " "}  # before the sentence of a number
 UNDATED = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}  # the same figure gives the same bytes
 
 
@@ -70,8 +72,8 @@ def run(args: argparse.Namespace) -> None:
     """Measure, print and write. Raises ValueError or OSError, with what to do, for bad input."""
     import pandas as pd
 
-    from analysis.inputs import measure_all, prepare
-    from analysis.paper import curves
+    from analysis.inputs import measure_all, measure_blocks, prepare
+    from analysis.paper import curves, judge
     from plots import draw_fig7
 
     check_folder(args.out)
@@ -86,11 +88,12 @@ def run(args: argparse.Namespace) -> None:
         part.attrs.clear()
     frame = pd.concat(frames, ignore_index=True)
     figure = draw_fig7(frame, None if args.no_paper else curves(), note=short_runs(plan.networks))
-    written = write_all(args.out, args.format, frame, provenance, figure)
+    claims = judge(frame[frame["source"] == plan.sources[0]], measure_blocks(args, plan))
+    written = write_all(args.out, args.format, frame, claims, provenance, figure)
     print_table([part[part["source"] == plan.sources[0]] for part in frames], accuracies)
     if len(plan.sources) > 1:
         print_differences(frame)
-    print_claims(frame[frame["source"] == plan.sources[0]])
+    print_claims(claims)
     print("\n" + "\n".join(f"wrote {path}" for path in written))
 
 
@@ -234,28 +237,35 @@ def print_differences(frame: pd.DataFrame) -> None:
         )
 
 
-def print_claims(frame: pd.DataFrame) -> None:
-    """The paper's two claims, judged on these networks."""
-    from analysis.paper import judge
-
-    print("\nThe paper's claims, in means over layers:")
-    for claim in judge(frame):
-        print(f"  {claim.statement}: {claim.verdict} ({claim.evidence})")
+def print_claims(claims: pd.DataFrame) -> None:
+    """The paper's statements, each with its verdict and what it rests on."""
+    print("\nThe paper's claims, on these networks:")
+    for statement, numbers in claims.groupby("statement", sort=False):
+        verdicts = set(numbers["verdict"])
+        print(f"  {statement}: {verdicts.pop() if len(verdicts) == 1 else 'holds in part'}")
+        for verdict, sentence in zip(numbers["verdict"], numbers["sentence"], strict=True):
+            print(f"    {MARKS[verdict]} {sentence}")
 
 
 def write_all(
-    folder: Path, formats: list[str], frame: pd.DataFrame, provenance: dict[str, Any], figure: Figure
+    folder: Path,
+    formats: list[str],
+    frame: pd.DataFrame,
+    claims: pd.DataFrame,
+    provenance: dict[str, Any],
+    figure: Figure,
 ) -> list[Path]:
-    """Write the frame, its provenance and the figure: all of them, or none. Returns their paths."""
+    """Write the frame, the claims, the provenance and the figure: all of them, or none. Returns their paths."""
     import matplotlib as mpl
 
     from models.files import replacing
     from plots.style import RC
 
-    names = ["responses.csv", "responses.json", *(f"fig7.{suffix}" for suffix in dict.fromkeys(formats))]
+    names = ["responses.csv", "claims.csv", "responses.json", *(f"fig7.{suffix}" for suffix in dict.fromkeys(formats))]
     with ExitStack() as files, mpl.rc_context(RC):
-        csv, document, *images = [files.enter_context(replacing(folder / name)) for name in names]
+        csv, judged, document, *images = [files.enter_context(replacing(folder / name)) for name in names]
         frame.to_csv(csv, index=False, lineterminator="\n")
+        claims.to_csv(judged, index=False, lineterminator="\n")
         document.write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
         for image in images:
             figure.savefig(image, dpi=300, metadata=UNDATED.get(image.suffix))

@@ -26,6 +26,7 @@ BEHIND: dict[str, dict[str, Any]] = {  # curves in a network's colour beside its
 }
 ROW = 0.1  # height of a legend's row, as a share of the panel's
 RIGHT = {1: 0.62, 2: 0.35}  # where a legend of one or two columns begins, as a share of the panel's width
+STEEP = 8  # times the median: from here on the largest std makes the axis logarithmic
 ORDERS = ("original", "sorted by magnitude")
 
 
@@ -91,17 +92,25 @@ def finish(panel: Axes, order: str, behind: list[str]) -> None:
     panel.set_ylabel("std")
     panel.set_xlim(left=0)
     panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    panel.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    points = np.concatenate([np.asarray(line.get_xydata()) for line in panel.lines])  # (points, 2)
+    if points[:, 1].max() > STEEP * np.median(points[:, 1]) and points[:, 1].min() > 0:
+        panel.set_yscale("log")  # else one steep curve makes all others a flat line
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.set_ylabel("std (logarithmic)")
+    else:
+        panel.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     handles, labels = panel.get_legend_handles_labels()
     for entry in behind:
         handles.append(Line2D([], [], color="0.3", **BEHIND[entry]))
         labels.append(entry)
     columns = 2 if len(labels) > 4 else 1
     share = 0.06 + ROW * math.ceil(len(labels) / columns)  # of the panel's height
-    bottom, top = panel.get_ylim()
-    points = np.concatenate([np.asarray(line.get_xydata()) for line in panel.lines])  # (points, 2)
-    highest = points[points[:, 0] > panel.get_xlim()[1] * RIGHT[columns], 1].max(initial=bottom)
-    panel.set_ylim(bottom, max(top, bottom + (highest - bottom) / (1 - min(share, 0.8))))
+    to_axis, from_axis = (f.transform for f in (panel.yaxis.get_transform(), panel.yaxis.get_transform().inverted()))
+    bottom, top = to_axis(np.array(panel.get_ylim()))
+    right = points[points[:, 0] > panel.get_xlim()[1] * RIGHT[columns], 1]
+    highest = to_axis(right).max(initial=bottom)
+    top = max(top, bottom + (highest - bottom) / (1 - min(share, 0.8)))
+    panel.set_ylim(*from_axis(np.array([bottom, top])))
     legend = panel.legend(
         handles, labels, loc="upper right", ncols=columns, borderpad=0.3, labelspacing=0.2, handlelength=2.2,
         columnspacing=1.0, borderaxespad=0.2,

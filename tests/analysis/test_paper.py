@@ -1,7 +1,7 @@
 import pandas as pd
 import pytest
 
-from analysis.paper import against_paper, curves, judge
+from analysis.paper import CLAIM_COLUMNS, against_paper, curves, judge
 
 
 def frame(**networks):
@@ -57,27 +57,72 @@ def test_constant_curves_have_a_ratio_and_no_correlation():
     assert row["ratio"] == pytest.approx(1 / 1.622, rel=1e-3)
 
 
+def verdicts(claims):
+    """Of each statement, in the order of its numbers."""
+    return [numbers["verdict"].tolist() for _, numbers in claims.groupby("claim")]
+
+
+YES, NO, OPEN = ["holds"], ["does not hold"], ["cannot be judged here"]
+
+
 def test_the_papers_claims_hold_in_the_paper():
-    assert [claim.verdict for claim in judge(curves())] == ["holds", "holds"]
+    below, deeper, less = verdicts(judge(curves()))
+    assert (below, deeper, less) == (YES * 4, YES * 3, OPEN)
 
 
 @pytest.mark.parametrize(
-    ("networks", "verdicts"),
+    ("networks", "below", "deeper"),
     [
-        ({"residual_20": [1], "plain_20": [2]}, ["holds", "cannot be judged here"]),
-        ({"residual_20": [2], "plain_20": [1]}, ["does not hold", "cannot be judged here"]),
-        ({"residual_20": [2], "plain_20": [2]}, ["does not hold", "cannot be judged here"]),
-        ({"residual_20": [2], "plain_56": [3]}, ["cannot be judged here", "cannot be judged here"]),
-        ({"residual_20": [2], "residual_56": [1]}, ["cannot be judged here", "holds"]),
-        ({"residual_20": [2], "residual_56": [1], "residual_110": [1.5]}, ["cannot be judged here", "does not hold"]),
-        ({"other_20": [2]}, ["cannot be judged here", "cannot be judged here"]),
+        ({"residual_20": [1], "plain_20": [2]}, YES * 2, OPEN),
+        ({"residual_20": [2], "plain_20": [1]}, NO * 2, OPEN),
+        ({"residual_20": [2], "plain_20": [2]}, NO * 2, OPEN),
+        ({"residual_20": [1, 1, 4], "plain_20": [2, 2, 1]}, NO + YES, OPEN),  # mean above, two of three layers below
+        ({"residual_20": [1, 5, 1, 5], "plain_20": [9, 4, 9, 4]}, YES + NO, OPEN),  # half of the layers is not most
+        ({"residual_20": [2], "plain_56": [3]}, OPEN, OPEN),
+        ({"residual_20": [2], "residual_56": [1]}, OPEN, YES),
+        ({"residual_20": [2], "residual_56": [1], "residual_110": [1.5]}, OPEN, YES * 2 + NO),
+        ({"other_20": [2], "residual_20": [1]}, OPEN, OPEN),
     ],
 )
-def test_verdicts(networks, verdicts):
-    assert [claim.verdict for claim in judge(frame(**networks))] == verdicts
+def test_verdicts(networks, below, deeper):
+    assert verdicts(judge(frame(**networks)))[:2] == [below, deeper]
 
 
-def test_the_evidence_is_in_means_over_layers():
-    below, deeper = judge(frame(residual_56=[1.0, 3.0], plain_56=[1.0, 2.0], residual_20=[4.0, 4.0]))
-    assert below.evidence == "residual-56 2.000 >= plain-56 1.500"
-    assert deeper.evidence == "residual-56 2.000 < residual-20 4.000"
+def test_the_numbers_of_the_first_two_claims():
+    claims = judge(frame(residual_56=[1.0, 3.0], plain_56=[1.5, 2.0], residual_20=[4.0, 4.0]))
+    assert list(claims.columns) == list(CLAIM_COLUMNS)
+    found = claims[["claim", "networks", "measure", "value", "expected", "sentence"]].iloc[:3].to_numpy().tolist()
+    assert found == [
+        [1, "residual-56, plain-56", "difference of mean std", 0.25, "< 0",
+         "residual-56 has a mean std of 2.000, 14.3 % more than plain-56 (1.750)"],
+        [1, "residual-56, plain-56", "share of layers below", 0.5, "> 0.5",
+         "residual-56 is below plain-56 in 1 of 2 layers"],
+        [2, "residual-56, residual-20", "difference of mean std", -2.0, "< 0",
+         "residual-56 has a mean std of 2.000, 50.0 % less than residual-20 (4.000)"],
+    ]  # fmt: skip
+
+
+def test_the_third_claim_is_about_blocks():
+    networks = frame(residual_8=[1.0], residual_14=[1.0], plain_8=[1.0])
+    ratios = {"residual-8": [0.2, 0.9, 0.4], "residual-14": [0.1, 0.3, 0.5, 0.3, 0.3, 9.0]}
+    blocks = pd.DataFrame([{"network": name, "ratio": ratio} for name, values in ratios.items() for ratio in values])
+    [row] = judge(networks, blocks)[lambda claims: claims["claim"] == 3].to_dict("records")
+    assert row["value"] == pytest.approx(-0.1)
+    assert (row["verdict"], row["networks"]) == ("holds", "residual-14, residual-8")
+    assert row["sentence"] == (
+        "a block's branch has 0.300 times the std of its shortcut in residual-14, 0.400 times in residual-8 "
+        "(medians over blocks)"
+    )
+    reverse = blocks.assign(ratio=1 / blocks["ratio"])
+    assert verdicts(judge(networks, reverse))[2] == NO
+    assert verdicts(judge(networks, blocks.iloc[:0]))[2] == OPEN
+
+
+def test_what_cannot_be_judged_says_why():
+    claims = judge(frame(residual_20=[1.0]))
+    assert claims["sentence"].tolist() == [
+        "no residual and plain network of one depth",
+        "no two residual networks of different depth",
+        "it takes images, and two residual networks of different depth",
+    ]
+    assert claims["value"].isna().all()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -55,23 +56,57 @@ def run(*words):
         return end.code
 
 
-def test_the_main_job_on_real_input(akamaster, shared_cifar10, tmp_path, capsys, monkeypatch):
-    """The README's command, whose output stands in the README."""
+def shown_in_readme(printed, out):
+    return f"```text\n{printed.strip()}\n```".replace(str(out), "figures") in README
+
+
+def words_of(command):
+    return command.split("-m analysis.responses ")[1].split()
+
+
+def test_the_main_job_on_real_input(shared_cifar10, tmp_path, capsys):
+    """The README's first command, on the first images: what it says before it measures stands in the README."""
+    assert run(*words_of(COMMANDS[0]), "--data", shared_cifar10, "--images", 256, "--out", tmp_path) == 0
+    printed = capsys.readouterr().out
+    before = printed.partition("\n\n")[0].splitlines()[1:]
+    assert len(before) == 10  # network and preprocessing of each
+    assert "\n".join(before) in README
+    frame = pd.read_csv(tmp_path / "responses.csv")
+    assert list(frame.columns) == list(COLUMNS)
+    layers = {"plain-20": 19, "plain-56": 55, "resnet-20": 19, "resnet-56": 55, "resnet-110": 109}
+    assert frame.groupby("network", sort=False).size().to_dict() == layers
+    claims = pd.read_csv(tmp_path / "claims.csv")
+    assert claims.groupby("claim").size().tolist() == [4, 3, 3]
+    assert set(claims["verdict"]) <= {"holds", "does not hold"}
+    assert all(sentence in printed for sentence in claims["sentence"])
+    blocks = claims[claims["claim"] == 3]["networks"].tolist()
+    assert blocks == ["resnet-56, resnet-20", "resnet-110, resnet-20", "resnet-110, resnet-56"]
+
+
+def test_the_main_job_without_any_data(tmp_path, capsys):
+    """The closed form draws the shipped networks, and the command says so."""
+    assert run(*words_of(COMMANDS[0]), "--out", tmp_path, "--format", "svg") == 0
+    shown = capsys.readouterr()
+    assert shown.err.splitlines()[1] == "no images: the closed form from BN's tensors instead (--source batchnorm)"
+    assert drawn(tmp_path) == ["plain-20", "plain-56", "resnet-20", "resnet-56", "resnet-110"]
+    assert "closed form from BN's tensors, not measured on images" in (tmp_path / "fig7.svg").read_text()
+    assert "an individual layer of a ResNet modifies the signal less when there are more: cannot be judged" in shown.out
+
+
+def test_two_public_checkpoints_on_real_input(akamaster, shared_cifar10, tmp_path, capsys, monkeypatch):
+    """The README's second command, whose output stands in the README."""
     monkeypatch.chdir(ROOT)
     out = tmp_path / "out"
-    words = COMMANDS[0].split("-m analysis.responses ")[1].split()
-    assert run(*words, "--out", out) == 0
-    printed = capsys.readouterr().out
-    assert f"```text\n{printed.strip()}\n```".replace(str(out), "figures") in README
+    [command] = re.findall(r"^python -m analysis.responses --checkpoint resnet-20=.*$", README, re.MULTILINE)
+    assert run(*words_of(command), "--out", out) == 0
+    assert shown_in_readme(capsys.readouterr().out, out)
     frame = pd.read_csv(out / "responses.csv")
-    assert list(frame.columns) == list(COLUMNS)
-    assert frame.groupby("network").size().to_dict() == {"resnet-20": 19, "resnet-56": 55}
-    assert set(frame["kind"]) == {"residual"}
-    means = frame.groupby("network")["std"].mean()
+    measured, formula = (frame[frame["source"] == source].reset_index() for source in ("hooks", "batchnorm"))
+    assert measured.groupby("network").size().to_dict() == {"resnet-20": 19, "resnet-56": 55}
+    means = measured.groupby("network")["std"].mean()
     assert means["resnet-20"] == pytest.approx(0.7324, abs=5e-5)
     assert means["resnet-56"] == pytest.approx(0.4539, abs=5e-5)
-    formula = pd.concat([closed_form(checkpoints.load(path).model) for path in akamaster.values()], ignore_index=True)
-    difference = (formula["std"] / frame["std"] - 1).abs().groupby(frame["network"])
+    difference = (formula["std"] / measured["std"] - 1).abs().groupby(measured["network"])
     assert difference.mean().tolist() == pytest.approx([0.045, 0.050], abs=5e-4)  # see README
     assert difference.max()["resnet-56"] == pytest.approx(0.30, abs=5e-3)
     entries = json.loads((out / "responses.json").read_text())
@@ -82,7 +117,8 @@ def test_the_main_job_on_real_input(akamaster, shared_cifar10, tmp_path, capsys,
         assert entries[name]["network"]["kind_known"].startswith("recognised, misfit 0.0")
         assert entries[name]["data"]["exact"] is True
         assert entries[name]["warnings"] == []
-    assert sorted(path.name for path in out.iterdir()) == ["fig7.pdf", "fig7.png", "responses.csv", "responses.json"]
+    names = ["claims.csv", "fig7.pdf", "fig7.png", "responses.csv", "responses.json"]
+    assert sorted(path.name for path in out.iterdir()) == names
 
 
 def test_the_closed_form_of_the_real_checkpoints(akamaster, tmp_path):
@@ -112,12 +148,13 @@ def test_what_is_written_and_printed(files, images, tmp_path, capsys):
         assert row == [name, str(len(expected)), f"{100 * hits:.2f}", *(f"{value:.4f}" for value in std), "-", "-"]
     means = frame.groupby("network")["std"].mean()
     sign = "<" if means["resnet-8"] < means["plain-8"] else ">="
-    verdict = "holds" if sign == "<" else "does not hold"
+    percent = abs(100 * (means["resnet-8"] / means["plain-8"] - 1))
     assert (
-        f"residual responses are smaller than plain ones of the same depth: {verdict} "
-        f"(resnet-8 {means['resnet-8']:.3f} {sign} plain-8 {means['plain-8']:.3f})"
+        f"    {'+' if sign == '<' else '-'} resnet-8 has a mean std of {means['resnet-8']:.3f}, {percent:.1f} % "
+        f"{'less' if sign == '<' else 'more'} than plain-8 ({means['plain-8']:.3f})\n"
     ) in printed
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["fig7.svg", "responses.csv", "responses.json"]
+    names = ["claims.csv", "fig7.svg", "responses.csv", "responses.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     assert ">ResNet-14</text>" in (tmp_path / "out" / "fig7.svg").read_text()
 
 
@@ -313,7 +350,7 @@ BAD = {
     "no images": (good, {"--data": empty_folder}, "error: {path}/empty: no CIFAR-10 test images here; looked for"),
     "no data": (good, {"--data": lambda p: p / "nowhere"}, "error: {path}/nowhere: no such file or folder; --data "
                 "takes a folder or an archive of CIFAR-10"),
-    "too many images": (good, {"--images": lambda p: 41}, "error: --images 41: there are 40 test images in "),
+    "too many images": (good, {"--images": lambda p: 41}, "error: --images 41: there are 40 images in "),
     "out": (good, {"--out": blocked}, "error: --out {path}/file/out: Not a directory; name a folder that can be "
             "written"),
     "0 images": (good, {"--images": lambda p: 0}, "argument --images: '0' is not a whole number of 1 or more"),

@@ -151,3 +151,12 @@ def test_both_sources_of_a_network_share_its_colour():
         for ours, formulas in zip(measured, computed, strict=True):
             assert formulas.get_ydata().tolist() == pytest.approx((ours.get_ydata() * 0.9).tolist())
     assert figure._supxlabel is None
+
+
+def test_one_steep_curve_makes_the_axis_logarithmic():
+    steep = FRAME.assign(std=FRAME["std"].where((FRAME["network"] != "plain-56") | (FRAME["layer"] > 3), 30.0))
+    for frame, scale, label in ((FRAME, "linear", "std"), (steep, "log", "std (logarithmic)")):
+        for axes in draw_fig7(frame).axes:
+            assert (axes.get_yscale(), axes.get_ylabel()) == (scale, label)
+            bottom, top = axes.get_ylim()
+            assert bottom < frame["std"].min() < frame["std"].max() < top

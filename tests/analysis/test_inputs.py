@@ -1,0 +1,236 @@
+"""From files and options to frames: other people's networks, folders of photographs, both sources at once."""
+
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from analysis.responses import main
+from models import build, checkpoints, closed_form
+from models.preprocess import PRESETS
+from tests.models.test_recognition import blobs, record
+
+
+def run(*words):
+    try:
+        return main([str(word) for word in words])
+    except SystemExit as end:
+        return end.code
+
+
+def frame_of(out):
+    return pd.read_csv(out / "responses.csv")
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Nine pictures of several sizes in three class folders."""
+    folder = tmp_path / "photographs"
+    for i, small in enumerate(blobs(9, seed=4)):
+        (folder / f"class{i % 3}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(small).resize((260 + 20 * i, 300)).save(folder / f"class{i % 3}" / f"{i}.jpg")
+    return folder
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    """Twenty images of 32x32 pixels in a class folder."""
+    for i, image in enumerate(blobs(20, seed=0)):
+        (tmp_path / "cifar" / "cat").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "cifar" / "cat" / f"{i}.png")
+    return tmp_path / "cifar"
+
+
+@pytest.fixture
+def resnet_18(tmp_path):
+    torch.save(build("resnet-18").state_dict(), tmp_path / "resnet18-f37072fd.pth")
+    return tmp_path / "resnet18-f37072fd.pth"
+
+
+# Networks for 224x224 images
+
+
+def test_a_network_of_table_1_on_a_folder_of_images(resnet_18, photographs, tmp_path, capsys):
+    words = ("--data", photographs, "--out", tmp_path / "out", "--format", "svg", "--batch-size", 4)
+    assert run("--checkpoint", resnet_18, *words) == 0
+    printed = capsys.readouterr().out
+    assert f"9 images in 3 class folders ({photographs}), shorter side to 256, central 224x224 pixels" in printed
+    assert "resnet-18: network resnet-18 (shortcuts)" in printed
+    assert "resnet-18: preprocessing imagenet (assumed)" in printed
+    frame = frame_of(tmp_path / "out")
+    assert len(frame) == 16
+    assert set(frame["images"]) == {9}
+    assert frame.loc[0, ["height", "width"]].tolist() == [56, 56]
+    assert frame["depth"].unique().tolist() == [18]
+    assert re.search(r"resnet-18 +16 +- ", printed)  # three folders are not its 1,000 classes: no accuracy
+
+
+def test_it_is_what_pillow_and_torch_make_of_the_images(resnet_18, photographs, tmp_path):
+    """The first layer of the first image, by hand."""
+    assert run("--checkpoint", resnet_18, "--data", photographs, "--images", 1, "--out", tmp_path / "out") == 0
+    image = Image.open(sorted(photographs.glob("*/*"))[0])  # 260 x 300: the shorter side is 260
+    side, left = 260 * 224 / 256, (260 - 260 * 224 / 256) / 2
+    top = (300 - side) / 2
+    box = (left, top, left + side, top + side)
+    x = torch.from_numpy(np.asarray(image.resize((224, 224), Image.Resampling.BILINEAR, box=box)) / 255.0)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    network = checkpoints.load(resnet_18).model
+    with torch.no_grad():
+        y = network.maxpool(network.bn1(network.conv1(((x - mean) / std).float().permute(2, 0, 1)[None])).relu())
+        block = network.layer1[0]
+        expected = block.bn1(block.conv1(y)).double().std(correction=0).item()
+    assert frame_of(tmp_path / "out")["std"][0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_images_it_is_the_closed_form(resnet_18, tmp_path, capsys):
+    assert run("--checkpoint", resnet_18, "--out", tmp_path / "out") == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "no images for networks of 224x224 input: name a folder of them with --data",
+        "no images: the closed form from BN's tensors instead (--source batchnorm)",
+    ]
+    assert len(frame_of(tmp_path / "out")) == 16
+    assert run("--checkpoint", resnet_18, "--out", tmp_path / "other", "--source", "hooks") == 2
+    assert "error: no images for networks of 224x224 input: name a folder" in capsys.readouterr().err
+
+
+def test_the_stride_of_bottlenecks_is_recognised_on_images(photographs, tmp_path, capsys):
+    """BN's statistics tell: resnet-50 with the stride on the 1x1 and on the 3x3 have the same tensors."""
+    from models.images import ImageFolder
+
+    x = PRESETS["imagenet"](ImageFolder.open(photographs).sample(9))[:, :, ::2, ::2]
+    for stride in ("1x1", "3x3"):
+        network = record(build("resnet-50", stride=stride, classes=3), x)
+        torch.save(network.state_dict(), tmp_path / "a.pth")
+        found = checkpoints.load(tmp_path / "a.pth", images=ImageFolder.open(photographs).sample(9)[:, ::2, ::2])
+        assert found.config.stride == stride
+        assert found.how["kind"].startswith("recognised, misfit ")
+
+
+def test_networks_of_two_sizes_in_one_command(resnet_18, cifar, tmp_path, capsys):
+    torch.save(build("resnet-8").state_dict(), tmp_path / "a.pt")
+    assert run("--checkpoint", resnet_18, tmp_path / "a.pt", "--data", cifar, "--out", tmp_path / "out") == 2
+    message = "error: networks for 32x32 and for 224x224 images in one command: measure them in two\n"
+    assert capsys.readouterr().err == message
+
+
+# Networks of the user's own
+
+
+OWN = """
+from torch import nn
+
+
+def tiny():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5))
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A network that is none of ours: its checkpoint, and the file that builds it."""
+    (tmp_path / "mynet.py").write_text(OWN)
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5)]
+    network = nn.Sequential(*layers)
+    torch.save({"state_dict": {f"model.{k}": v for k, v in network.state_dict().items()}}, tmp_path / "own.ckpt")
+    return network.eval()
+
+
+def test_a_network_of_ones_own(own, cifar, tmp_path, capsys):
+    words = ("--checkpoint", tmp_path / "own.ckpt", "--data", cifar, "--out", tmp_path / "out")
+    assert run(*words, "--model", f"{tmp_path}/mynet.py:tiny", "--normalize", "[0,1]") == 0
+    assert "own: network Sequential (built by --model, misfit " in capsys.readouterr().out
+    frame = frame_of(tmp_path / "out")
+    assert frame[["network", "kind", "name", "norm"]].to_numpy().tolist() == [
+        ["own", "other", "0", "1"], ["own", "other", "3", "4"]
+    ]  # fmt: skip
+    with torch.no_grad():
+        x = PRESETS["[0,1]"](blobs(20, seed=0))
+        expected = [own[:2](x).std(correction=0).item(), own(x).std(correction=0).item()]
+    assert frame["std"].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_its_builder_there_are_two_ways_on(own, cifar, tmp_path, capsys):
+    words = ("--checkpoint", tmp_path / "own.ckpt", "--out", tmp_path / "out")
+    assert run(*words, "--data", cifar) == 2
+    shown = capsys.readouterr().err
+    assert "own.ckpt: none of the paper's networks" in shown
+    assert "it has 14 tensors: model.0.weight (4, 3, 3, 3), model.0.bias (4,)" in shown
+    ways = (
+        "; --model FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION builds any other network, --source batchnorm needs none"
+    )
+    assert shown.endswith(ways + "\n")
+    assert run(*words, "--source", "batchnorm") == 0
+    expected = closed_form(own)["std"]
+    assert frame_of(tmp_path / "out")["std"].tolist() == pytest.approx(expected.tolist())
+    assert "own: network none of the paper's (unknown)" in capsys.readouterr().out
+
+
+BAD_BUILDERS = {
+    "gone.py:tiny": "gone.py",
+    "mynet.py:huge": "huge",
+    "mynet": "FILE.py:FUNCTION",
+    "mynet.py:wrong": "the tensors are not those of the network that --model builds: ",
+}
+
+
+@pytest.mark.parametrize("builder", BAD_BUILDERS)
+def test_builders_that_do_not_fit(builder, own, cifar, tmp_path, capsys):
+    (tmp_path / "mynet.py").write_text(OWN + "\n\ndef wrong():\n    return nn.Conv2d(3, 4, 3)\n")
+    words = ("--checkpoint", tmp_path / "own.ckpt", "--data", cifar, "--out", tmp_path / "out", "--model", builder)
+    assert run(*words) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert BAD_BUILDERS[builder] in shown
+    assert len(shown.splitlines()) == 1
+
+
+# Both sources, and averaged copies
+
+
+def test_both_sources_and_their_differences(cifar, tmp_path, capsys):
+    network = record(build("resnet-8"), PRESETS["imagenet"](blobs(20, seed=0)))
+    checkpoints.save(tmp_path / "a.safetensors", network, PRESETS["imagenet"], crop_padding="none", training={})
+    words = ("--checkpoint", tmp_path / "a.safetensors", "--data", cifar, "--out", tmp_path / "out")
+    assert run(*words, "--source", "hooks", "batchnorm", "--format", "svg") == 0
+    frame = frame_of(tmp_path / "out")
+    measured, formula = (frame[frame["source"] == source].reset_index() for source in ("hooks", "batchnorm"))
+    assert formula["std"].tolist() == pytest.approx(closed_form(network)["std"].tolist())
+    difference = (formula["std"] / measured["std"] - 1).abs()
+    worst = difference.idxmax()
+    assert (
+        f"  resnet-8: mean {100 * difference.mean():.1f} %, largest {100 * difference.max():.1f} % in layer "
+        f"{worst + 1} ({measured['name'][worst]}), 7 layers of 7\n"
+    ) in capsys.readouterr().out
+    assert ">closed form</text>" in (tmp_path / "out" / "fig7.svg").read_text()
+
+
+def test_the_averaged_copy(cifar, tmp_path, capsys):
+    weights, average = build("resnet-8"), build("resnet-8")
+    torch.save({"state_dict": weights.state_dict(), "state_dict_ema": average.state_dict()}, tmp_path / "a.pth")
+    words = ("--checkpoint", tmp_path / "a.pth", "--data", cifar, "--out", tmp_path / "out", "--kind", "residual")
+    stds = {}
+    for ema in ([], ["--ema"]):
+        assert run(*words, *ema, "--normalize", "[0,1]") == 0
+        stds[bool(ema)] = frame_of(tmp_path / "out")["std"].tolist()
+        note = "EMA copy" if ema else "not its EMA copy, which --ema takes"
+        assert f", weights: {note}\n" in capsys.readouterr().out
+    assert stds[True] != stds[False]
+    torch.save({"state_dict": weights.state_dict()}, tmp_path / "a.pth")
+    assert run(*words, "--ema") == 2
+    assert "a.pth: no EMA copy in it (looked under state_dict_ema, " in capsys.readouterr().err
+
+
+def test_names_and_order_that_do_not_agree_are_a_warning(tmp_path, capsys):
+    state = {
+        "conv1.weight": torch.ones(4, 3, 3, 3), "conv2.weight": torch.ones(4, 4, 3, 3),
+        **{f"bn1.{name}": torch.ones(4) for name in ("weight", "bias", "running_mean", "running_var")},
+    }  # fmt: skip
+    torch.save(state, tmp_path / "a.pt")
+    assert run("--checkpoint", tmp_path / "a.pt", "--source", "batchnorm", "--out", tmp_path / "out") == 0
+    assert capsys.readouterr().err == (
+        "warning: a: names and order of the tensors do not agree on conv1 -> bn1: a forward pass tells\n"
+    )
