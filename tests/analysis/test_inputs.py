@@ -144,7 +144,7 @@ def test_a_network_of_ones_own(own, cifar, tmp_path, capsys):
     assert run(*words, "--model", f"{tmp_path}/mynet.py:tiny", "--normalize", "[0,1]") == 0
     assert "own: network Sequential (built by --model, misfit " in capsys.readouterr().out
     frame = frame_of(tmp_path / "out")
-    assert frame[["network", "kind", "name", "norm"]].to_numpy().tolist() == [
+    assert frame[["network", "kind", "name", "norm"]].astype(str).to_numpy().tolist() == [
         ["own", "other", "0", "1"], ["own", "other", "3", "4"]
     ]  # fmt: skip
     with torch.no_grad():
