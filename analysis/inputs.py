@@ -9,6 +9,7 @@ The options are the same in every command (`add_options`), and so is the way fro
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help 
     from models.preprocess import Preprocessing
 
 BATCH_SIZES = {"cifar": 128, "imagenet": 16}  # images at a time
+LABEL = "[^=+@-].{0,79}"
 BLOCK_IMAGES = 512  # on which residual blocks are measured
 SAMPLE = 64  # images of 224x224 pixels by which a network is recognised
 
@@ -86,8 +88,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def positive(text: str) -> int:
     """A whole number of 1 or more; argparse says so where it is not."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    if not re.fullmatch("[0-9]{1,12}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number of 1 or more")
     return int(text)
 
 
@@ -179,6 +181,11 @@ def choose_label(item: Found, checkpoint: Checkpoint, taken: set[str]) -> str:
         label = item.path.stem if label in taken else label
     if label in taken:
         raise ValueError(f"two networks are called {label}: name them, --checkpoint LABEL=PATH LABEL=PATH")
+    if not re.fullmatch(LABEL, label) or not label.isprintable():
+        raise ValueError(
+            f"{label!r} is no label: 1 to 80 printable characters, not beginning with = + - @ (spreadsheets take that "
+            "for a formula); name it, --checkpoint LABEL=PATH"
+        )
     return label
 
 

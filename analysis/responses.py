@@ -3,9 +3,9 @@
     python -m analysis.responses --depth 20 56 110
     python -m analysis.responses --checkpoint resnet-20=resnet20-12fca82f.th --data cifar-10-python.tar.gz
 
-writes responses.csv, claims.csv, responses.json (where the numbers come from) and fig7.png/.pdf into --out, says how far
-each network is from the paper's curve, and judges the paper's claims. Without images it computes the closed form from
-BN's tensors.
+writes responses.csv, claims.csv, responses.json (where the numbers come from) and fig7.png/.pdf into --out, says how
+far each network is from the paper's curve, and judges the paper's claims. Without images it computes the closed form
+from BN's tensors.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.inputs import Found, Network, Plan, add_options, check_folder, check_options, positive, split_label
+from models.messages import report
 
 if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help does without
     import pandas as pd
@@ -46,8 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if args.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report(error)
     return 0
 
 

@@ -46,20 +46,24 @@ def decode_parquet(files: list[Path], split: str) -> Decoded:
     from pyarrow import parquet
 
     pngs: list[bytes] = []
-    labels: list[int] = []
+    labels: list[np.ndarray] = []
     for file in files:
         try:
             table = parquet.read_table(file)
             column = "img" if "img" in table.column_names else "image"
             pngs += [cell["bytes"] for cell in table[column].to_pylist()]
-            labels += table["label"].to_pylist()
+            labels.append(as_labels(table["label"].to_pylist()))
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(f"{file}: damaged or truncated parquet file; copy or download it again") from error
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"{file}: no columns img (struct with bytes) and label; this is not the layout of uoft-cs/cifar10"
             ) from error
-        except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{file}: damaged or truncated parquet file; copy or download it again") from error
-    return decode_images(((f"image {i}", io.BytesIO(png)) for i, png in enumerate(pngs)), len(pngs)), as_labels(labels)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+    return decode_images(((f"image {i}", io.BytesIO(png)) for i, png in enumerate(pngs)), len(pngs)), np.concatenate(
+        labels
+    )
 
 
 def find_python(path: Path, split: str) -> list[Path]:
@@ -226,7 +230,10 @@ def chw_to_hwc(flat: np.ndarray) -> np.ndarray:
 
 def as_labels(labels: Any) -> np.ndarray:
     """Labels as (N,) int64. ValueError where one is not a byte."""
-    array = np.asarray(labels, dtype=np.int64)
+    try:
+        array = np.asarray(labels, dtype=np.int64)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"a label is no number ({error})") from error
     if array.size and not (array.min() >= 0 and array.max() <= 255):
         raise ValueError("a label is not between 0 and 255")
     return array

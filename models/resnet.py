@@ -29,6 +29,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.messages import report
+
 KINDS = {"resnet": "residual", "plain": "plain"}  # the first word of a name -> the kind of the network
 WIDTHS = {"cifar": (16, 32, 64), "imagenet": (64, 128, 256, 512)}  # channels of the 3x3 convolutions, by stage
 SIZES = {"cifar": 32, "imagenet": 224}  # pixels on a side of the images
@@ -291,8 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         size = SIZES[config.images]
         print(table(config, args.input or (1, 3, size, size)))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report(error)
     return 0
 
 

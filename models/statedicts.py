@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "ne
 EMA_WRAPPERS = ("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema")
 INSIDE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # anywhere in a name
 FIRST_BLOCK = "layer1.0.conv1.weight"  # shows where in a larger state dict one of our networks is
+LEAVES = ("weight", "bias", "running_mean", "running_var")
 RENAMES = {"linear.": "fc.", ".shortcut.": ".downsample."}  # akamaster's names -> torchvision's
 
 
@@ -38,6 +40,7 @@ def read(path: Path, ema: bool = False) -> tuple[dict[str, Tensor], dict[str, An
     tensors, card, note = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path, ema)
     try:
         tensors, chosen = choose_root(bare(tensors), ema)
+        check_tensors(tensors)
         if ema and not note and not chosen:
             raise ValueError(f"no EMA copy in it (looked under {', '.join(EMA_WRAPPERS)}); leave out --ema")
     except ValueError as error:
@@ -46,6 +49,7 @@ def read(path: Path, ema: bool = False) -> tuple[dict[str, Tensor], dict[str, An
 
 
 def read_pickle(path: Path, ema: bool) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    check_archive(path)
     with open(path, "rb") as file:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
@@ -74,7 +78,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             metadata = file.metadata() or {}
         card = json.loads(metadata.get("card", "{}"))
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged or truncated safetensors file ({error})") from error
     if not isinstance(card, dict):
         raise ValueError(f"{path}: the card in its metadata is no JSON object, so it is not one of ours")
@@ -121,11 +125,35 @@ def choose_root(state: dict[str, Tensor], ema: bool) -> tuple[dict[str, Tensor],
     return chosen, note if len(roots) > 1 else ""
 
 
+def check_archive(path: Path) -> None:
+    """ValueError for an archive with compressed parts: torch.save makes none, and some bytes could become gigabytes."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            compressed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"{path}: damaged or truncated archive ({error})") from error
+    if compressed:
+        raise ValueError(f"{path}: refused: {compressed[0]} in it is compressed, which torch.save never does")
+
+
+def check_tensors(state: dict[str, Tensor]) -> None:
+    """ValueError where a tensor is no dense array of numbers, or one that convolutions and BNs have is impossible."""
+    for name, tensor in state.items():
+        leaf = name.rpartition(".")[2]
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
+            raise ValueError(f"{name} is sparse, quantized or without data: only dense tensors are read")
+        if leaf in LEAVES and not tensor.is_floating_point():
+            raise ValueError(f"{name} holds {str(tensor.dtype).removeprefix('torch.')}, not floating-point numbers")
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            raise ValueError(f"NaN or infinity in {name}: the training diverged, or the file is damaged")
+        if leaf == "running_var" and (tensor.ndim != 1 or (tensor < 0).any()):
+            raise ValueError(f"{name} is no vector of variances: the file is damaged")
+
+
 def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our names for the tensors of a network. ValueError where a number is not finite."""
+    """Our names for the tensors of a network."""
     for theirs, ours in RENAMES.items():
         state = {re.sub(rf"(^|(?=\.)){re.escape(theirs)}", ours, name): tensor for name, tensor in state.items()}
-    for name, tensor in state.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"NaN or infinity in {name}: the training diverged, or the file is damaged")
     return state

@@ -70,5 +70,7 @@ def distinct_colors(count: int) -> Sequence[Any]:
 
 
 def display_name(network: str) -> str:
-    """ResNet-56 for resnet-56, as in the paper's legend; any other label as it is."""
-    return network.replace("resnet-", "ResNet-", 1) if network.startswith("resnet-") else network
+    """ResNet-56 for resnet-56, as in the paper's legend; any other label as it is, whatever matplotlib means by it."""
+    name = network.replace("resnet-", "ResNet-", 1) if network.startswith("resnet-") else network
+    name = name.replace("$", r"\$")  # no formula
+    return f" {name}" if name.startswith("_") else name  # matplotlib leaves out labels with an underscore

@@ -276,7 +276,7 @@ def nan_weights(path, files):
 
 def overflowing(path, files):
     network = record(build("resnet-8"), torch.randn(8, 3, 32, 32))
-    network.layer2[0].bn1.running_var.fill_(-1)
+    network.layer2[0].bn1.weight.data.fill_(1e38)
     torch.save(network.state_dict(), path / "overflow.pt")
     return path / "overflow.pt"
 

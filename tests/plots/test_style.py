@@ -1,6 +1,12 @@
-import pandas as pd
+import html
+import io
 
-from plots.style import DASHES, PAPER_COLORS, styles
+import matplotlib as mpl
+import pandas as pd
+import pytest
+
+from plots import draw_fig7
+from plots.style import DASHES, PAPER_COLORS, RC, styles
 
 
 def networks(*rows):
@@ -37,3 +43,18 @@ def test_two_networks_of_one_depth_and_kind_differ():
     assert look["a"]["color"] == PAPER_COLORS[56] == look["c"]["color"]
     assert len({tuple(look[name]["color"]) for name in "abd"}) == 3
     assert [look[name]["label"] for name in "abcd"] == list("abcd")
+
+
+@pytest.mark.parametrize("label", ["_mine", "a$b$c", r"$\frac$", "<b>&amp;", "100%", "x^2_{3}"])
+def test_labels_are_shown_as_they_are(label):
+    frame = pd.DataFrame({"network": label, "kind": "other", "depth": None, "layer": [1, 2], "std": [1.0, 2.0],
+                          "source": "hooks"})  # fmt: skip
+    figure = draw_fig7(frame)
+    figure.canvas.draw()
+    for axes in figure.axes:
+        [text] = axes.get_legend().get_texts()
+        assert text.get_text().strip().replace(r"\$", "$") == label
+    content = io.BytesIO()
+    with mpl.rc_context(RC):
+        figure.savefig(content, format="svg")
+    assert content.getvalue().decode().count(html.escape(label, quote=False) + "<") == 2
