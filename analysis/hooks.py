@@ -3,24 +3,28 @@
     import analysis
     frame = analysis.measure(model, batches)  # batches: image tensors, or (images, labels)
 
-Which layers there are is proven by data flow (see analysis.pairs). The network is left as it was.
+Which layers there are is proven by data flow (see analysis.pairs). From the second batch on a folded copy runs in place
+of the network, where that is right (see analysis.folding). The network is left as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from analysis.folding import Doubt, Folded, NotFolded, fold, obstacle
 from analysis.frame import make_frame
-from analysis.pairs import Layer, is_wrapper, recording
+from analysis.pairs import Layer, Recording, is_wrapper, recording
+from analysis.running import compare, count_images, device_of, run
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BATCHES = "a tensor, (images, labels), or a dict of tensors that the network takes as keywords"
 
 
 @contextmanager
@@ -67,96 +71,199 @@ def measure(
     output; the images of a batch are counted from the first tensor in it. progress: called with the number of images
     after each batch.
 
-    `frame.attrs["unpaired"]` lists the convolutions of that kernel with an output that went into no BN unchanged.
-    `frame.attrs["accuracy"]` is the share of labels hit, or None: labels are the second of two, or `labels` in a dict;
-    logits are the output, the first tensor of a tuple, or `logits` or `out` in a dict. Raises ValueError where there
-    are no images, no pairs of convolution and BN, or where a response holds NaN or infinity.
+    `frame.attrs["path"]` is `folded`, or `hooks: ` and why the network was not folded. `frame.attrs["unpaired"]` lists
+    the convolutions of that kernel with an output that went into no BN unchanged. `frame.attrs["accuracy"]` is the
+    share of labels hit, or None: labels are the second of two, or `labels` in a dict; logits are the output, the first
+    tensor of a tuple, or `logits` or `out` in a dict. Raises ValueError where there are no images, no pairs of
+    convolution and BN, or where a response holds NaN or infinity.
+    """
+    options: dict[str, Any] = {"kernel_size": kernel_size, "grouped": grouped, "forward": forward}
+    with (
+        measuring(model, precision=precision, **options) as measurement,
+        closing(ahead(batches, measurement.on_a_copy)) as stream,
+    ):
+        for batch in stream:
+            progress(measurement.add(batch))
+    return measurement.result().frame(network)
+
+
+@contextmanager
+def measuring(
+    model: nn.Module,
+    *,
+    precision: str = "float32",
+    kernel_size: int | tuple[int, int] = (3, 3),
+    grouped: bool = True,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> Iterator[Measurement]:
+    """Measure a network on what is added inside the block; arguments and errors as for `measure`.
+
+    with measuring(first) as a, measuring(second) as b:  # several networks on the same batches
+        for batch in batches:
+            a.add(batch), b.add(batch)
+    frame = a.result().frame("first")
     """
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: one of {', '.join(PRECISIONS)}")
-    autocast = torch.autocast(device_of(model).type, PRECISIONS[precision], enabled=precision != "float32")
-    images = labelled = correct = 0
-    with evaluation(model), autocast, recording(model, kernel_size, grouped=grouped) as record:
-        for batch in batches:
-            finished = record.batch
-            size = count_images(batch)
-            output = (forward or run)(model, batch)
-            if record.batch == finished:  # `forward` ran parts of the model, so that the model's own hook did not
-                record.end_pass()
-            hits = compare(output, batch)
-            images, labelled, correct = images + size, labelled + len(hits), correct + int(hits.sum())
-            progress(size)
-    if images == 0:
-        raise ValueError("no images: there is nothing to measure")
+    device = device_of(model).type
+    autocast = torch.autocast(device, PRECISIONS[precision], enabled=precision != "float32")
+    why_not = "forward= runs the network" if forward else obstacle(model)
+    with evaluation(model), recording(model, kernel_size, grouped=grouped) as record:
+        measurement = Measurement(model, record, forward or run, why_not, autocast)
+        yield measurement
+        measurement.finish()
+
+
+class Measurement:
+    """Runs batches: the first through the network itself, the others through a folded copy of it where that is right.
+
+    why_not: why it is not, where that is known before; empty where it may be.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        record: Recording,
+        run: Callable[[nn.Module, Any], Any],
+        why_not: str,
+        autocast: torch.autocast,
+    ) -> None:
+        self.model, self.record, self.run, self.why_not = model, record, run, why_not
+        self.autocast = autocast
+        self.first: Any = None  # the first batch, until the network is folded
+        self.folded: Folded | None = None
+        self.images = self.labelled = self.correct = 0
+
+    def add(self, batch: Any) -> int:
+        """Measure one batch. Returns the number of its images."""
+        images = count_images(batch)
+        with self.autocast:
+            hits = compare(self.output(batch), batch)
+        self.images += images
+        self.labelled += len(hits)
+        self.correct += int(hits.sum())
+        return images
+
+    def output(self, batch: Any) -> Any:
+        """The output for one batch; its responses go into the record."""
+        if self.record.batch == 1 and not self.why_not:
+            self.try_to_fold()
+        if self.folded is not None:
+            try:
+                output = self.folded(batch)
+            except Doubt as reason:
+                self.why_not = f"from batch {self.record.batch + 1} on, {reason}"
+                self.finish()
+            else:
+                self.record.batch += 1
+                return output
+        finished = self.record.batch
+        output = self.run(self.model, batch)
+        if self.record.batch == finished:  # `forward` ran parts of the model, so that the model's own hook did not
+            self.record.end_pass()
+        if finished == 0:
+            self.first = batch
+        return output
+
+    def try_to_fold(self) -> None:
+        try:
+            self.folded = fold(self.model, self.record, self.first, self.run)
+        except NotFolded as reason:
+            self.why_not = str(reason)
+        self.first = None
+
+    def on_a_copy(self) -> bool:
+        """Whether the network itself is out of use, so that batches may be prepared beside."""
+        return self.folded is not None
+
+    def finish(self) -> None:
+        """Hand over what the folded copy has measured."""
+        if self.folded is not None:
+            self.folded.hand_over()
+        self.folded = None
+
+    @property
+    def path(self) -> str:
+        """`folded`, or `hooks: ` and why."""
+        if self.why_not:
+            return f"hooks: {self.why_not}"
+        return "folded" if self.record.batch > 1 else "hooks: one batch only"
+
+    def result(self) -> Result:
+        """What was measured, when the block is over."""
+        layers = [replace(layer, moments=layer.moments.to("cpu")) for layer in self.record.layers]
+        counts = self.images, self.labelled, self.correct
+        return Result(network_in(self.model), layers, self.record.unpaired, *counts, self.path)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one or several measurements of a network on different images have given.
+
+    config: kind and depth of one of our networks. images, labelled, correct: how many there were, had labels, and were
+    classified as these say. unpaired, path: see `measure`.
+    """
+
+    config: tuple[str, int | None]
+    layers: list[Layer]
+    unpaired: list[str]
+    images: int
+    labelled: int
+    correct: int
+    path: str
+
+    def merge(self, other: Result) -> Result:
+        """Both together. ValueError where they are not of the same layers."""
+        if not (self.images and other.images):
+            return self if self.images else other
+        if [(layer.name, layer.norm) for layer in self.layers] != [(layer.name, layer.norm) for layer in other.layers]:
+            raise ValueError("two parts of the images ran through different layers of the network")
+        pairs = zip(self.layers, other.layers, strict=True)
+        return Result(
+            config=self.config,
+            layers=[replace(ours, moments=ours.moments.merge(theirs.moments)) for ours, theirs in pairs],
+            unpaired=list(dict.fromkeys(self.unpaired + other.unpaired)),
+            images=self.images + other.images,
+            labelled=self.labelled + other.labelled,
+            correct=self.correct + other.correct,
+            path=other.path if self.path == "folded" else self.path,
+        )
+
+    def frame(self, network: str) -> pd.DataFrame:
+        """The frame, with unpaired, accuracy and path in its attrs (see `measure`). ValueError for no images."""
+        if self.images == 0:
+            raise ValueError("no images: there is nothing to measure")
+        kind, depth = self.config
+        rows = describe_layers(self.layers)
+        frame = make_frame(rows, network=network, kind=kind, depth=depth, images=self.images, source="hooks")
+        frame.attrs["accuracy"] = self.correct / self.labelled if self.labelled else None
+        frame.attrs["unpaired"] = self.unpaired
+        frame.attrs["path"] = self.path
+        return frame
+
+
+def network_in(model: nn.Module) -> tuple[str, int | None]:
+    """Kind and depth, without the wrappers around it."""
     while is_wrapper(model):
         model = next(model.children())
     config = getattr(model, "config", None)
-    frame = make_frame(
-        describe_layers(record.layers),
-        network=network,
-        kind=getattr(config, "kind", "other"),
-        depth=getattr(config, "depth", None),
-        images=images,
-        source="hooks",
-    )
-    frame.attrs["accuracy"] = correct / labelled if labelled else None
-    frame.attrs["unpaired"] = record.unpaired
-    return frame
+    return getattr(config, "kind", "other"), getattr(config, "depth", None)
 
 
-def device_of(model: nn.Module) -> torch.device:
-    return next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+def ahead(batches: Iterable[Any], beside: Callable[[], bool]) -> Generator[Any]:
+    """The batches; while `beside` is true the next one is prepared in a thread as this one runs."""
+    source, end = iter(batches), object()
 
+    def fetch() -> Any:
+        with torch.no_grad():  # which belongs to a thread
+            return next(source, end)
 
-def run(model: nn.Module, batch: Any) -> Any:
-    """The output for one batch, on the model's device."""
-    device = device_of(model)
-    if isinstance(batch, Mapping):
-        return model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
-    images = batch[0] if isinstance(batch, tuple | list) and len(batch) in (1, 2) else batch
-    if not isinstance(images, Tensor):
-        raise ValueError(
-            f"a batch is {BATCHES}, not {type(batch).__name__} of {len(batch)}: say forward=, which runs it"
-        )
-    return model(images.to(device))
-
-
-def tensors_in(batch: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and dicts."""
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping | tuple | list):
-        for part in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from tensors_in(part)
-
-
-def count_images(batch: Any) -> int:
-    first = next(tensors_in(batch), None)
-    if first is None or first.dim() == 0:
-        raise ValueError(f"no tensor (N, ...) in a batch of type {type(batch).__name__}: its images cannot be counted")
-    return len(first)
-
-
-def compare(output: Any, batch: Any) -> Tensor:
-    """Whether each label is hit (n,); no values where there are no labels, or no logits (N, classes, ...) for them."""
-    logits, labels = logits_of(output), labels_of(batch)
-    if logits is None or logits.dim() < 2 or labels is None or labels.is_floating_point():
-        return torch.zeros(0)
-    predicted = logits.argmax(1)
-    return (predicted == labels.to(predicted.device)).flatten() if predicted.shape == labels.shape else torch.zeros(0)
-
-
-def labels_of(batch: Any) -> Tensor | None:
-    pair = isinstance(batch, tuple | list) and len(batch) == 2
-    labels = batch.get("labels") if isinstance(batch, Mapping) else batch[1] if pair else None
-    return labels if isinstance(labels, Tensor) else None
-
-
-def logits_of(output: Any) -> Tensor | None:
-    if isinstance(output, Mapping):
-        output = [output.get("logits"), output.get("out")]
-    parts = output if isinstance(output, tuple | list) else [output]
-    return next((part for part in parts if isinstance(part, Tensor)), None)
+    with ThreadPoolExecutor(1) as pool:
+        batch = fetch()
+        while batch is not end:
+            upcoming = pool.submit(fetch) if beside() else None
+            yield batch
+            batch = upcoming.result() if upcoming else fetch()
 
 
 def describe_layers(layers: list[Layer]) -> list[dict[str, object]]:

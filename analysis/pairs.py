@@ -11,8 +11,8 @@
 
 A pair is a BN whose input IS the convolution's output: the same tensor in the same version, so nothing was written into
 it in between (only what is written through `.data`, NumPy or DLPack leaves no trace). Every call of a BN is a layer of
-its own. Each response is reduced inside the hook, before an in-place ReLU can overwrite it; nothing is stored. The hooks
-run before those that the user put on the same module: they see what the modules themselves put out.
+its own. Each response is reduced inside the hook, before an in-place ReLU can overwrite it; nothing is stored. The
+hooks run before those that the user put on the same module: they see what the modules themselves put out.
 """
 
 from __future__ import annotations
@@ -169,8 +169,9 @@ def recording(
 ) -> Iterator[Recording]:
     """Record the responses of every forward pass inside the block; hooks are removed at its end, whatever happens.
 
-    Say `end_pass` after each pass: only the caller knows, as networks call themselves too. grouped: whether convolutions of several groups (depthwise ones too) are in. Inside the block compiled modules run
-    eagerly and DataParallel and DistributedDataParallel on one device, so that hooks see every call.
+    Say `end_pass` after each pass: only the caller knows, as networks call themselves too. grouped: whether
+    convolutions of several groups (depthwise ones too) are in. Inside the block compiled modules run eagerly and
+    DataParallel and DistributedDataParallel on one device, so that hooks see every call.
     """
     size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
     if len(size) != 2 or min(size) < 1:
@@ -258,7 +259,8 @@ def find_epsilon(name: str, norm: nn.Module, x: Tensor, output: Any) -> float:
     The output is explained by the formula, or by the formula followed by the norm's submodules: timm's BatchNormAct2d
     carries its activation there. ValueError where it is not: what the response is cannot be told.
     """
-    candidates = (float(getattr(norm, "eps", EPSILONS[0])), *EPSILONS)
+    own = float(getattr(norm, "eps", EPSILONS[0]))
+    candidates = (own,) if isinstance(norm, _BatchNorm) else (own, *EPSILONS)
     if isinstance(output, Tensor) and not output.isfinite().all():
         return candidates[0]  # the NaN or infinity will be reported
     after: Callable[[Tensor], Tensor]

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import textwrap
@@ -5,7 +6,6 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import analysis
@@ -28,99 +28,7 @@ def with_statistics(network):
     return network.eval()
 
 
-class Net(nn.Module):
-    """Modules by name, and a function that runs them: small networks with a data flow of their own."""
-
-    def __init__(self, flow, **modules):
-        super().__init__()
-        self.flow = flow
-        for name, module in modules.items():
-            self.add_module(name, module)
-
-    def forward(self, x):
-        return self.flow(self, x)
-
-
-def between(change):
-    """A network in which something happens between convolution and BN."""
-    return Net(lambda m, x: m.bn(change(m.conv(x))), conv=conv(), bn=nn.BatchNorm2d(4))
-
-
-def pairs_of(network, x=None):
-    frame = analysis.measure(with_statistics(network), [torch.randn(2, 4, 8, 8) if x is None else x])
-    return list(zip(frame["name"], frame["norm"], strict=True))
-
-
-# Which pairs a network has
-
-
-def test_modules_that_run_in_another_order_than_they_are_registered():
-    network = Net(
-        lambda m, x: m.bn2(m.last(F.relu(m.bn1(m.first(x))))),
-        bn2=nn.BatchNorm2d(4), last=conv(), first=conv(), bn1=nn.BatchNorm2d(4),
-    )  # fmt: skip
-    assert pairs_of(network) == [("first", "bn1"), ("last", "bn2")]
-
-
-def test_names_prove_nothing():
-    network = Net(
-        lambda m, x: m.bn1(m.conv2(F.relu(m.bn2(m.conv1(x))))),
-        conv1=conv(), bn1=nn.BatchNorm2d(4), conv2=conv(), bn2=nn.BatchNorm2d(4),
-    )  # fmt: skip
-    assert pairs_of(network) == [("conv1", "bn2"), ("conv2", "bn1")]
-
-
-def test_two_convolutions_that_run_before_their_bns():
-    def flow(m, x):
-        a, b = m.conv1(x), m.conv2(x)
-        return m.bn2(b) + m.bn1(a)
-
-    network = Net(flow, conv1=conv(), bn1=nn.BatchNorm2d(4), conv2=conv(), bn2=nn.BatchNorm2d(4))
-    assert pairs_of(network) == [("conv2", "bn2"), ("conv1", "bn1")]
-
-
-@pytest.mark.parametrize(
-    "change", [F.relu, lambda y: y + 1, lambda y: y.relu_(), lambda y: y.mul_(2), lambda y: y.clone()]
-)
-def test_no_pair_where_something_happens_in_between(change):
-    with pytest.raises(ValueError, match=r"no 3x3 convolution whose output goes unchanged into a BN; the network ran "
-                       r"conv \(Conv2d\), bn \(BatchNorm2d\)"):  # fmt: skip
-        pairs_of(between(change))
-
-
-def test_a_convolution_whose_output_also_goes_elsewhere_is_a_pair():
-    def flow(m, x):
-        y = m.conv(x)
-        return m.bn(y) + y
-
-    assert pairs_of(Net(flow, conv=conv(), bn=nn.BatchNorm2d(4))) == [("conv", "bn")]
-
-
-def test_every_call_of_a_shared_pair_is_a_layer():
-    network = Net(lambda m, x: m.bn(m.conv(F.relu(m.bn(m.conv(x))))), conv=conv(), bn=nn.BatchNorm2d(4))
-    x = torch.randn(2, 4, 8, 8)
-    frame = analysis.measure(with_statistics(network), [x])
-    assert frame["name"].tolist() == ["conv", "conv"]
-    first = network.bn(network.conv(x))
-    second = network.bn(network.conv(F.relu(first)))
-    expected = [y.double().std(correction=0).item() for y in (first, second)]
-    assert frame["std"].tolist() == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("other", [conv(kernel=1), conv(kernel=5), nn.Conv2d(4, 4, (3, 1), padding=(1, 0))])
-def test_other_kernels_are_left_out(other):
-    network = nn.Sequential(other, nn.BatchNorm2d(4), nn.ReLU(), conv(), nn.BatchNorm2d(4))
-    assert pairs_of(network) == [("3", "4")]
-
-
-@pytest.mark.parametrize("options", [{"stride": 2}, {"dilation": 2}, {"groups": 4}, {"groups": 2, "bias": False}])
-def test_strides_dilation_and_groups_are_in(options):
-    assert pairs_of(nn.Sequential(conv(**options), nn.BatchNorm2d(4))) == [("0", "1")]
-
-
-def test_keyword_arguments_and_synchronised_bn():
-    network = Net(lambda m, x: m.bn(input=m.conv(x)), conv=conv(), bn=nn.SyncBatchNorm(4))
-    assert pairs_of(network) == [("conv", "bn")]
+# What is measured
 
 
 @pytest.mark.parametrize("name", ["resnet-8", "plain-14", "resnet-20"])
@@ -138,9 +46,6 @@ def test_our_networks_have_two_layers_a_block_and_the_first(name):
     assert frame["stage"].tolist() == [1] + [1] * half + [2] * half + [3] * half
     assert frame["height"].tolist() == [32] * (half + 1) + [16] * half + [8] * half
     assert frame["count"].tolist() == (2 * frame["channels"] * frame["height"] * frame["width"]).tolist()
-
-
-# What is measured
 
 
 def test_the_response_is_what_bn_puts_out_before_an_in_place_relu():
@@ -201,6 +106,36 @@ def test_accuracy_comes_from_the_same_passes():
     batches = [(x[:6], labels[:6]), (x[6:], labels[6:])]
     assert analysis.measure(network, batches).attrs["accuracy"] == 0.7
     assert analysis.measure(network, [x]).attrs["accuracy"] is None
+
+
+class Headed(nn.Module):
+    """Two inputs, and an output of the kind that is asked for."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.conv, self.bn, self.kind = conv(), nn.BatchNorm2d(4), kind
+
+    def forward(self, image, shift=0.0):
+        logits = (self.bn(self.conv(image)) + shift).mean((2, 3))
+        return {"tuple": (logits, image), "out": {"aux": image, "out": logits}, "logits": {"logits": logits}}[self.kind]
+
+
+@pytest.mark.parametrize("kind", ["tuple", "out", "logits"])
+def test_several_inputs_and_outputs_in_tuples_and_dicts(kind):
+    network, x = Headed(kind).eval(), torch.randn(4, 4, 8, 8)
+    with torch.no_grad():
+        labels = network.bn(network.conv(x)).mean((2, 3)).argmax(1)
+    labels[0] = (labels[0] + 1) % 4
+    shift = torch.ones(1)
+    frames = [
+        analysis.measure(network, [(x, labels)]),
+        analysis.measure(network, [{"image": x, "shift": shift, "labels": labels}], forward=lambda m, b: m(x, shift)),
+        analysis.measure(network, [(x, labels, shift)], forward=lambda m, batch: m(batch[0], shift=batch[2])),
+    ]
+    assert [frame.attrs["accuracy"] for frame in frames] == [0.75, 0.75, None]
+    assert [frame["std"].tolist() for frame in frames] == [frames[0]["std"].tolist()] * 3
+    frame = analysis.measure(network, [{"image": x, "shift": shift}])
+    assert (frame["images"].tolist(), frame.attrs["accuracy"], frame.attrs["unpaired"]) == ([4], None, [])
 
 
 def test_progress_counts_images():
@@ -280,6 +215,25 @@ def test_also_when_the_data_raises_half_way():
     assert_unchanged(network, before)
 
 
+@pytest.mark.parametrize("size", [(2, 3), (2, 5, 32, 32)])
+def test_also_when_the_network_raises(size):
+    network = mixed_modes()
+    before = state_of(network)
+    with pytest.raises(RuntimeError):
+        analysis.measure(network, [torch.randn(2, 3, 32, 32), torch.randn(size)])
+    assert_unchanged(network, before)
+
+
+def test_also_when_there_are_no_pairs():
+    network = mixed_modes()
+    before = state_of(network)
+    with pytest.raises(
+        ValueError, match=r"^no 5x5 convolution whose output goes unchanged into a BN; the network ran "
+    ):
+        analysis.measure(network, [torch.randn(2, 3, 32, 32)], kernel_size=5)
+    assert_unchanged(network, before)
+
+
 def test_also_when_a_response_is_not_finite():
     network = mixed_modes()
     before = state_of(network)
@@ -312,6 +266,42 @@ def test_memory_does_not_grow_with_the_images():
     assert int(run.stdout) < 16 * 1024  # KiB; the responses of 30 batches take 690 MiB
 
 
+PEAKS = """
+import resource, sys, torch, analysis
+from torch import nn
+from models import build
+
+def peak(images=0):
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+torch.set_num_threads(1)
+name, pixels = sys.argv[1:]
+network, x = build(name).eval(), torch.randn(2, 3, int(pixels), int(pixels))
+for module in network.modules():
+    if isinstance(module, nn.BatchNorm2d):
+        nn.init.constant_(module.weight, 0.05)  # else the sums of 600 fresh blocks are infinite
+analysis.measure(build("resnet-8"), [x])  # what is imported and set up once
+with torch.no_grad():
+    network(x)
+peak()
+analysis.measure(network, [x] * 5, progress=peak)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "responses", "weights"), [("resnet-152", 224, 25, 230), ("resnet-1202", 32, 87, 74)]
+)
+def test_memory_does_not_grow_with_depth_times_images(name, pixels, responses, weights):
+    """Peaks of a plain pass, and of measuring five batches: `responses` of one and `weights` take so many MiB."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed leaves no holes in the heap
+    command = [sys.executable, "-c", PEAKS, name, str(pixels)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
+    plain, first, _, third, _, fifth = (int(line) / 1024 for line in run.stdout.split())  # KiB -> MiB
+    assert first - plain < responses / 2
+    assert third - plain < responses / 2 + 1.5 * weights  # a folded copy may run from the second batch on
+    assert fifth - third < responses / 2
+
+
 # Bad input
 
 
@@ -323,15 +313,3 @@ def test_no_images():
 def test_a_network_without_convolutions():
     with pytest.raises(ValueError, match="the network ran no convolution and no BN that hooks could see"):
         analysis.measure(nn.Linear(3, 3), [torch.zeros(1, 3)])
-
-
-def test_a_path_that_changes_between_batches():
-    network = Net(lambda m, x: m.bn(m.b(x)) if len(x) == 1 else m.bn(m.a(x)), a=conv(), b=conv(), bn=nn.BatchNorm2d(4))
-    with pytest.raises(ValueError, match="batch 2 takes another path through the network than the first: b"):
-        analysis.measure(network, [torch.randn(2, 4, 8, 8), torch.randn(1, 4, 8, 8)])
-    network = Net(
-        lambda m, x: m.bn(m.a(x)) if len(x) == 1 else m.bn(m.b(F.relu(m.bn(m.a(x))))),
-        a=conv(), b=conv(), bn=nn.BatchNorm2d(4),
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="than the first: b did not run"):
-        analysis.measure(network, [torch.randn(2, 4, 8, 8), torch.randn(1, 4, 8, 8)])

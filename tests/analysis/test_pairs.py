@@ -1,7 +1,5 @@
 """Pairs by data flow: many small networks, the norms and wrappers that people have, and the memory that it takes."""
 
-import subprocess
-import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -12,7 +10,6 @@ from torch import distributed, nn
 import analysis
 from analysis.pairs import recording
 from models import build
-from tests.conftest import ROOT
 
 
 def conv(kernel=3, stride=1, **options):
@@ -41,22 +38,10 @@ def bn(**options):
     return nn.BatchNorm2d(4, **options)
 
 
-def with_statistics(network):
-    """BN numbers that are not the fresh ones, with variances so small that epsilon counts; evaluation mode."""
-    for module in network.modules():
-        for name, low, high in (
-            ("weight", 0.5, 2), ("bias", -1, 1), ("running_mean", -0.1, 0.1), ("running_var", 1e-5, 1e-3)
-        ):  # fmt: skip
-            tensor = getattr(module, name, None)
-            if hasattr(module, "running_var") and tensor is not None:
-                nn.init.uniform_(tensor, low, high)
-    return network.eval()
-
-
 def record_of(network, *args, passes=1, forward=None, kernel_size=(3, 3), grouped=True):
     """What is recorded of a network, and no hook is left."""
     args = args or (torch.randn(2, 4, 8, 8),)
-    with_statistics(network)
+    network.eval()
     before = hooks_of(network)
     with torch.no_grad(), recording(network, kernel_size, grouped=grouped) as record:
         for _ in range(passes):
@@ -225,7 +210,6 @@ CASES = {
     "BN with the batch's statistics": Case(Net(chain("conv1", "bn1"), bn1=bn(track_running_stats=False)), ONE),
     "BN by keyword": Case(Net(lambda m, x: m.bn1(input=m.conv1(input=x))), ONE),
     "SyncBatchNorm in evaluation": Case(Net(chain("conv1", "bn1"), bn1=nn.SyncBatchNorm(4)), ONE),
-    "lazy modules": Case(nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d()), [("0", "1")]),
     "GroupNorm is no BN": Case(Net(chain("conv1", "gn", "conv2", "bn2"), gn=nn.GroupNorm(2, 4)), TWO[1:], ["conv1"]),
     "outputs in a dict": Case(Net(lambda m, x: {"out": m.bn1(m.conv1(x)), "aux": m.conv2(x)}), ONE, ["conv2"]),
     "outputs in a tuple": Case(Net(lambda m, x: (m.bn1(m.conv1(x)), [m.bn2(m.conv2(x))])), TWO),
@@ -237,3 +221,469 @@ def test_pairs(case):
     record = record_of(case.network, passes=2, **case.options)
     assert pairs_of(record) == case.pairs
     assert record.unpaired == case.unpaired
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_measuring_gives_the_same_layers_and_numbers(case):
+    batches = torch.randn(3, 2, 4, 8, 8).unbind()
+    case.network.eval()
+    with torch.no_grad(), recording(case.network, **case.options) as record:
+        for x in batches:
+            case.network(x)
+            record.end_pass()
+    frame = analysis.measure(case.network, batches, **case.options)
+    assert list(zip(frame["name"], frame["norm"], strict=True)) == case.pairs
+    assert frame.attrs["unpaired"] == case.unpaired
+    assert frame["std"].tolist() == pytest.approx([layer.moments.std for layer in record.layers], rel=1e-5)
+    assert frame["count"].tolist() == [layer.moments.count * 4 for layer in record.layers]
+
+
+class Twice(Net):
+    """A network that calls itself, on the mirrored images too."""
+
+    def forward(self, x, mirror=True):
+        return self(x, False) + self(x.flip(3), False) if mirror else self.bn1(self.conv1(x))
+
+
+def test_a_network_that_calls_itself_or_is_called_twice_for_a_batch():
+    assert pairs_of(record_of(Twice(None), passes=2)) == ONE * 2
+    network = Net(chain("conv1", "bn1"))
+    record = record_of(network, passes=2, forward=lambda x: network(x) + network(x.flip(3)))
+    assert pairs_of(record) == ONE * 2
+    assert [layer.moments.count for layer in record.layers] == [2 * 2 * 8 * 8] * 2  # passes, images, pixels
+
+
+def test_several_inputs_and_a_part_of_the_network():
+    x = torch.randn(2, 4, 8, 8)
+    network = Net(lambda m, a, b, *, c: m.bn1(m.conv1(a)) + m.bn2(m.conv2(b)) + c)
+    assert pairs_of(record_of(network, x, x, forward=lambda a, b: network(a, b, c=1))) == TWO
+    network = Net(None, stem=STEM)
+    assert pairs_of(record_of(network, forward=network.stem)) == [("stem.0", "stem.1")]
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        *[("resnet-18", 16), ("resnet-34", 32), ("resnet-50", 16), ("resnet-101", 33), ("resnet-152", 50)],
+        *[("plain-18", 16), ("plain-34", 32)],
+    ],
+)
+def test_table_1(name, layers):
+    network = build(name)
+    record = record_of(network, torch.randn(1, 3, 64, 64))
+    expected = [
+        (name, name.replace("conv", "bn"))
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)
+    ]
+    assert len(expected) == layers
+    assert pairs_of(record) == expected  # our blocks are registered in the order in which they run
+    assert record.unpaired == []
+
+
+# No pair
+
+
+CHANGES = {
+    "relu": F.relu,
+    "relu in place": lambda y: y.relu_(),
+    "factor in place": lambda y: y.mul_(2),
+    "in place through a view": lambda y: (y.view(-1)[0].zero_(), y)[1],
+    "transposed in place": lambda y: y.transpose_(2, 3),
+    "sum": lambda y: y + 1,
+    "clone": torch.clone,
+    "view": lambda y: y.view(2, 4, 8, 8),
+    "reshape": lambda y: y.reshape(2, 4, 8, 8),
+    "detach": torch.detach,
+    "channels_last": lambda y: y.contiguous(memory_format=torch.channels_last),
+    "slice": lambda y: y[:],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_no_pair_where_something_comes_between(change):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        record_of(Net(lambda m, x: m.bn1(change(m.conv1(x)))))
+    assert str(error.value) == (
+        "no 3x3 convolution whose output goes unchanged into a BN; the network ran conv1 (Conv2d 3x3), "
+        "bn1 (BatchNorm2d): look at the kernels, and at what comes between the two"
+    )
+
+
+MESSAGES = {
+    "grouped, left out": (
+        Net(chain("conv1", "bn1", "conv2"), conv1=conv(groups=2), conv2=conv((1, 3))), {"grouped": False},
+        "no 3x3 ungrouped convolution whose output goes unchanged into a BN; the network ran conv1 (Conv2d 3x3, "
+        "2 groups), bn1 (BatchNorm2d), conv2 (Conv2d 1x3): look at",
+    ),
+    "another kernel": (
+        Net(chain("conv1", "bn1")), {"kernel_size": (5, 1)},
+        "no 5x1 convolution whose output goes unchanged into a BN; the network ran conv1 (Conv2d 3x3), bn1 (",
+    ),
+    "many": (
+        nn.Sequential(*[conv(1) for _ in range(14)]), {}, "10 (Conv2d 1x1), 11 (Conv2d 1x1) and 2 more: look at",
+    ),
+    "the network is a convolution": (conv(), {}, "the network ran (Conv2d 3x3): look at"),
+    "nothing": (
+        Net(lambda m, x: F.batch_norm(F.conv2d(x, m.conv1.weight), m.bn1.running_mean, m.bn1.running_var)), {},
+        "the network ran no convolution and no BN that hooks could see: they see modules that are called, not functions"
+    ),
+    "kernel_size": (
+        Net(chain("conv1", "bn1")), {"kernel_size": (3, 0)},
+        "kernel_size must be one or two positive integers, such as 3 or (3, 3), not (3, 0)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("network", "options", "message"), MESSAGES.values(), ids=MESSAGES)
+def test_messages(network, options, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        record_of(network, **options)
+    assert message in str(error.value)
+
+
+# Norms that are not torch's own, and what they respond
+
+
+class Frozen(nn.Module):
+    """The four tensors of a BN as buffers; subclasses say epsilon in the ways of their libraries."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.ones(4))
+
+    def scaled(self, x, eps):
+        scale = self.weight * (self.running_var + eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)  # (4,) -> (1, 4, 1, 1)
+
+
+class TorchvisionFrozen(Frozen):
+    eps = 3e-4  # a parameter there
+
+    def forward(self, x):
+        return self.scaled(x, self.eps)
+
+
+class DetrFrozen(Frozen):
+    def forward(self, x):
+        return self.scaled(x, 1e-5)
+
+
+class TensorFlowFrozen(Frozen):
+    def forward(self, x):
+        return self.scaled(x, 1e-3)
+
+
+class MaskrcnnFrozen(Frozen):
+    def forward(self, x):
+        return self.scaled(x, 0)
+
+
+class BatchNormAct(nn.BatchNorm2d):
+    """timm's BatchNormAct2d in small: dropout and activation are its submodules."""
+
+    def __init__(self, act, eps=1e-5):
+        super().__init__(4, eps=eps)
+        self.drop, self.act = nn.Identity(), act
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+class FrozenAct(DetrFrozen):
+    """timm's FrozenBatchNormAct2d in small."""
+
+    def __init__(self):
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
+def with_statistics(network):
+    """BN numbers that are not the fresh ones, with variances so small that epsilon counts; evaluation mode."""
+    for module in network.modules():
+        for name, low, high in (
+            ("weight", 0.5, 2), ("bias", -1, 1), ("running_mean", -0.1, 0.1), ("running_var", 1e-5, 1e-3)
+        ):  # fmt: skip
+            tensor = getattr(module, name, None)
+            if hasattr(module, "running_var") and tensor is not None:
+                nn.init.uniform_(tensor, low, high)
+    return network.eval()
+
+
+NORMS = {
+    "BatchNorm2d": (bn(eps=1e-4), 1e-4),
+    "a subclass": (type("Subclass", (nn.BatchNorm2d,), {})(4, eps=1e-4), 1e-4),
+    "SyncBatchNorm": (nn.SyncBatchNorm(4), 1e-5),
+    "InstanceNorm2d with statistics": (nn.InstanceNorm2d(4, affine=True, track_running_stats=True), 1e-5),
+    "torchvision's frozen": (TorchvisionFrozen(), 3e-4),
+    "DETR's frozen": (DetrFrozen(), 1e-5),
+    "frozen, of TensorFlow": (TensorFlowFrozen(), 1e-3),
+    "maskrcnn-benchmark's frozen": (MaskrcnnFrozen(), 0),
+    "with ReLU": (BatchNormAct(nn.ReLU()), 1e-5),
+    "with ReLU in place": (BatchNormAct(nn.ReLU(inplace=True), eps=1e-3), 1e-3),
+    "with SiLU": (BatchNormAct(nn.SiLU()), 1e-5),
+    "with PReLU": (BatchNormAct(nn.PReLU(4)), 1e-5),
+    "with nothing": (BatchNormAct(nn.Identity()), 1e-5),
+    "frozen, with ReLU": (FrozenAct(), 1e-5),
+}
+
+
+@pytest.mark.parametrize(("norm", "eps"), NORMS.values(), ids=NORMS)
+def test_the_response_is_what_the_four_tensors_make_of_it(norm, eps):
+    network = with_statistics(nn.Sequential(conv(), norm))
+    batches = torch.randn(3, 4, 4, 8, 8).unbind()
+    outputs = [network(x) for x in batches]
+    with torch.no_grad(), recording(network) as record:
+        for x in batches:
+            network(x)
+            record.end_pass()
+    y = network[0](torch.cat(batches)).double()
+    mean, var, weight, bias = (
+        getattr(norm, name).double().reshape(1, 4, 1, 1) for name in ("running_mean", "running_var", "weight", "bias")
+    )
+    response = (y - mean) / (var + eps).sqrt() * weight + bias
+    [layer] = record.layers
+    assert layer.moments.std == pytest.approx(response.std(correction=0).item(), rel=1e-6)
+    assert layer.moments.mean.tolist() == pytest.approx(response.mean((0, 2, 3)).tolist(), rel=1e-5, abs=1e-5)
+    assert all(torch.equal(network(x), output) for x, output in zip(batches, outputs, strict=True))
+
+
+def test_the_response_under_the_batch_statistics_is_standardised():
+    network = nn.Sequential(conv(), BatchNormAct(nn.ReLU())).eval()
+    network[1].running_mean = network[1].running_var = None
+    network[1].track_running_stats = False
+    [layer] = record_of(network).layers
+    assert layer.moments.std == pytest.approx(1, rel=1e-3)
+    assert layer.moments.between == pytest.approx(0, abs=1e-6)
+
+
+def test_in_bfloat16_rounding_is_no_activation():
+    network = with_statistics(nn.Sequential(conv(), BatchNormAct(nn.ReLU())))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert pairs_of(record_of(network)) == [("0", "1")]
+
+
+def test_an_activation_that_nothing_names_is_an_error():
+    class Activated(nn.BatchNorm2d):
+        def forward(self, x):
+            return F.relu(super().forward(x))
+
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        record_of(Net(chain("conv1", "bn1"), bn1=Activated(4)))
+    assert str(error.value) == (
+        "bn1 (Activated) has the tensors of a BN, but its output is not what they make of its input, nor that after "
+        "its submodules: put its activation into a submodule or behind it, or use nn.BatchNorm2d"
+    )
+
+
+def test_the_activation_is_looked_at_without_its_hooks():
+    norm, calls = BatchNormAct(nn.ReLU()), []
+    norm.act.register_forward_hook(lambda *args: calls.append(1))
+    record_of(nn.Sequential(conv(), norm), passes=2)
+    assert calls == [1, 1]
+
+
+def test_a_response_that_is_not_finite():
+    network = nn.Sequential(conv(), BatchNormAct(nn.ReLU()))
+    nn.init.constant_(network[1].running_var, -1)
+    with pytest.raises(
+        ValueError, match=r"^NaN or infinity in the response of layer 1 \(0\) in batch 1: look at the w"
+    ):
+        record_of(network)
+
+
+# Hooks, modes and wrappers of the user's
+
+
+def doubled(module, args, output):
+    return output * 2
+
+
+def doubled_in_place(module, args, output):
+    output.mul_(2)
+
+
+def test_hooks_that_change_what_a_convolution_puts_out_part_it_from_its_bn():
+    for hook in (doubled, doubled_in_place):
+        network = Net(chain("conv1", "bn1", "conv2", "bn2"))
+        network.conv1.register_forward_hook(hook)
+        record = record_of(network)
+        assert (pairs_of(record), record.unpaired) == (TWO[1:], ["conv1"])
+    network = Net(chain("conv1", "bn1", "conv2", "bn2"))
+    network.bn1.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    record = record_of(network)
+    assert (pairs_of(record), record.unpaired) == (TWO[1:], ["conv1"])
+
+
+@pytest.mark.parametrize("hook", [doubled, doubled_in_place])
+@pytest.mark.parametrize("norm", [bn(), BatchNormAct(nn.Identity())])
+def test_hooks_that_change_what_a_bn_puts_out_come_after_its_response(norm, hook):
+    network, x = nn.Sequential(conv(), norm), torch.randn(2, 4, 8, 8)
+    expected = record_of(network, x).layers[0].moments.std
+    handle = norm.register_forward_hook(hook)
+    [layer] = record_of(network, x).layers
+    assert layer.moments.std == expected
+    handle.remove()
+
+
+def test_backward_hooks_do_not_part_a_pair():
+    network = Net(chain("conv1", "bn1"))
+    for module in (network, network.conv1, network.bn1):
+        module.register_full_backward_hook(lambda *args: None)
+        module.register_full_backward_pre_hook(lambda *args: None)
+    assert pairs_of(record_of(network)) == ONE
+
+
+def in_inference_mode(m, x):
+    with torch.inference_mode():
+        return m.bn1(m.conv1(x))
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        network, x = Net(chain("conv1", "bn1")), torch.randn(2, 4, 8, 8)
+        frame = analysis.measure(network, [x])
+    assert frame["name"].tolist() == ["conv1"]
+    assert pairs_of(record_of(network, x)) == ONE  # its tensors were made in inference mode
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        record_of(Net(in_inference_mode))
+    assert str(error.value) == (
+        "conv1 runs in torch.inference_mode, where a change in place leaves no trace: use torch.no_grad in its place"
+    )
+
+
+@pytest.fixture
+def one_process():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+WRAPPERS = {
+    "DataParallel": nn.DataParallel,
+    "DistributedDataParallel": nn.parallel.DistributedDataParallel,
+    "one in the other": lambda network: nn.DataParallel(nn.parallel.DistributedDataParallel(network)),
+    "a part": lambda network: Net(lambda m, x: m.part(x), part=nn.DataParallel(network)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_wrappers_are_not_in_the_names_and_work_as_before(wrap, one_process):
+    network = nn.Sequential(conv(), bn())
+    wrapped, x = wrap(network), torch.randn(2, 4, 8, 8)
+    before = [set(vars(module)) for module in wrapped.modules()]
+    prefix = "part." if isinstance(wrapped, Net) else ""
+    assert pairs_of(record_of(wrapped, x)) == [(f"{prefix}0", f"{prefix}1")]
+    assert [set(vars(module)) for module in wrapped.modules()] == before
+    assert torch.equal(wrapped(x), network(x))
+
+
+def test_a_wrapper_runs_in_one_process_and_keeps_a_forward_that_was_set_on_it():
+    wrapped = nn.DataParallel(Net(chain("conv1", "bn1")))
+    ran = []
+    own = wrapped.forward = lambda x: ran.append(x)
+    assert pairs_of(record_of(wrapped)) == ONE
+    assert wrapped.forward is own
+    assert ran == []
+
+
+def compiled_in_place(network, **options):
+    network.compile(**options)
+    return network
+
+
+def compiled_part(network, **options):
+    return nn.Sequential(nn.Identity(), torch.compile(network, **options))
+
+
+COMPILED = {
+    "torch.compile": torch.compile,
+    "module.compile": compiled_in_place,
+    "a part": compiled_part,
+    "in DataParallel": lambda network, **options: nn.DataParallel(torch.compile(network, **options)),
+    "of DataParallel": lambda network, **options: torch.compile(nn.DataParallel(network), **options),
+}
+
+
+@pytest.mark.parametrize("wrap", COMPILED.values(), ids=COMPILED)
+def test_compiled_networks_run_eagerly_while_they_are_recorded(wrap):
+    calls, x = [], torch.randn(2, 4, 8, 8)
+
+    def backend(graph, inputs):
+        return lambda *args: (calls.append(1), graph.forward(*args))[1]
+
+    network = wrap(Net(chain("conv1", "bn1")).eval(), backend=backend).eval()  # torch does not compile its Sequential
+    expected = network(x)
+    assert calls
+    calls.clear()
+    record = record_of(network, x, passes=2)
+    assert pairs_of(record) == ([("1.conv1", "1.bn1")] if wrap is compiled_part else ONE)
+    assert calls == []
+    assert torch.equal(network(x), expected)
+    assert calls
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # people have such files
+def test_torch_jit_is_an_error():
+    scripted = torch.jit.trace(nn.Sequential(conv(), bn()).eval(), torch.randn(2, 4, 8, 8))
+    for network, name in ((scripted, "the network"), (Net(chain("conv1", "bn1"), head=scripted), "head")):
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            record_of(network)
+        assert str(error.value) == (
+            f"{name} is a torch.jit module, and hooks see nothing of what runs inside it: "
+            "measure the network that it was made from"
+        )
+
+
+# Several passes
+
+
+def record_two(flow):
+    network, x = Net(flow), torch.randn(2, 4, 8, 8)
+    with torch.no_grad(), recording(network) as record:
+        for batch in (x, x[:1]):
+            network(batch)
+            record.end_pass()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "what"),
+    [
+        (("conv1", "bn1"), ("conv2", "bn1"), "conv2 -> bn1 ran"),
+        (("conv1", "bn1"), ("conv1", "bn2"), "conv1 -> bn2 ran"),
+        (("conv1", "bn1"), ("conv1", "bn1", "conv2", "bn2"), "conv2 -> bn2 ran"),
+        (("conv1", "bn1", "conv2", "bn2"), ("conv1", "bn1"), "conv2 did not run"),
+    ],
+)
+def test_a_batch_on_another_path(first, second, what):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        record_two(lambda m, x: chain(*(first if len(x) == 2 else second))(m, x))
+    assert str(error.value) == (
+        f"batch 2 takes another path through the network than the first: {what}; "
+        "all batches of a measurement must run the same layers"
+    )
+
+
+def test_outputs_of_the_pass_before_are_forgotten():
+    kept = []
+
+    def flow(m, x):
+        kept.append(m.conv1(x))
+        return m.bn1(kept[-1]) + m.bn2(kept[0])
+
+    with pytest.raises(ValueError, match="the first: conv1 did not run"):
+        record_two(flow)
+
+
+def test_hooks_and_forwards_are_taken_back_after_an_error():
+    network = nn.DataParallel(Net(lambda m, x: m.bn1(m.conv1(x)) / "zero"))
+    hooks, own = hooks_of(network), set(vars(network))
+    with pytest.raises(TypeError), recording(network):
+        network(torch.randn(2, 4, 8, 8))
+    assert hooks_of(network) == hooks
+    assert set(vars(network)) == own
