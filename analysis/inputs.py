@@ -3,7 +3,7 @@
 The options are the same in every command (`add_options`), and so is the way from them to frames:
 
     plan = prepare(args, found)  # found: label, file and kind of each network
-    frames = measure_all(args, plan)
+    frames = measure_all(args, plan)  # analysis.sources
 """
 
 from __future__ import annotations
@@ -12,23 +12,21 @@ import argparse
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from analysis.processes import together
+
 if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help does without
-    import pandas as pd
-    from torch import Tensor, nn
+    from torch import nn
 
     from models.checkpoints import Checkpoint
     from models.cifar10 import Cifar10
     from models.images import ImageFolder
-    from models.preprocess import Preprocessing
 
-BATCH_SIZES = {"cifar": 128, "imagenet": 16}  # images at a time
 LABEL = "[^=+@-].{0,79}"
-BLOCK_IMAGES = 512  # on which residual blocks are measured
 SAMPLE = 64  # images of 224x224 pixels by which a network is recognised
 
 
@@ -78,11 +76,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="FILE.py:FUNCTION", help="builds the network of the checkpoints, where it is none of the "
         "paper's; or PACKAGE.MODULE:FUNCTION")  # fmt: skip
     add("--ema", action="store_true", help="take the averaged copy of the weights (EMA) that lies in a checkpoint")
-    add("--batch-size", type=positive, metavar="N", help="images at a time (default: 128; of 224x224 pixels 16)")
+    add("--batch-size", type=positive, metavar="N", help="images at a time (default: 32 on a CPU, 1024 on a GPU; of "
+        "224x224 pixels 8 and 20)")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     add("--precision", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     add("--out", type=Path, default=Path("figures"), metavar="DIR", help="default: %(default)s")
     add("--format", choices=("png", "pdf", "svg"), nargs="+", default=["png", "pdf"], help="default: png pdf")
+    add("--verbose", action="store_true", help="say whether a folded copy of each network was measured, or why not")
     add("--debug", action="store_true", help="show the traceback of an error")
 
 
@@ -129,16 +129,17 @@ def prepare(args: argparse.Namespace, found: Sequence[Found]) -> Plan:
 
     Raises ValueError or OSError, with what to do, for bad input.
     """
-    checkpoints = [load_checkpoint(args, item, None) for item in found]
-    data = find_data(args, checkpoints)
-    if data is not None:
-        sample = sample_of(data)
-        checkpoints = [load_checkpoint(args, item, sample) for item in found]
-    networks: list[Network] = []
-    for item, checkpoint in zip(found, checkpoints, strict=True):
-        label = choose_label(item, checkpoint, {network.label for network in networks})
-        networks.append(Network(label, checkpoint))
-        announce(networks[-1], data)
+    with together():
+        checkpoints = [load_checkpoint(args, item, None) for item in found]
+        data = find_data(args, checkpoints)
+        if data is not None:
+            sample = sample_of(data)
+            checkpoints = [load_checkpoint(args, item, sample) for item in found]
+        networks: list[Network] = []
+        for item, checkpoint in zip(found, checkpoints, strict=True):
+            label = choose_label(item, checkpoint, {network.label for network in networks})
+            networks.append(Network(label, checkpoint))
+            announce(networks[-1], data)
     return Plan(networks, data, args.source or (["batchnorm"] if data is None else ["hooks"]))
 
 
@@ -181,10 +182,15 @@ def choose_label(item: Found, checkpoint: Checkpoint, taken: set[str]) -> str:
         label = item.path.stem if label in taken else label
     if label in taken:
         raise ValueError(f"two networks are called {label}: name them, --checkpoint LABEL=PATH LABEL=PATH")
+    return check_label(label)
+
+
+def check_label(label: str) -> str:
+    """The label itself. ValueError where it could not stand in a table, a legend and a file."""
     if not re.fullmatch(LABEL, label) or not label.isprintable():
         raise ValueError(
             f"{label!r} is no label: 1 to 80 printable characters, not beginning with = + - @ (spreadsheets take that "
-            "for a formula); name it, --checkpoint LABEL=PATH"
+            "for a formula); name it, LABEL=PATH"
         )
     return label
 
@@ -264,111 +270,3 @@ def sample_of(data: Cifar10 | ImageFolder) -> Any:
     from models.images import ImageFolder
 
     return data.sample(SAMPLE) if isinstance(data, ImageFolder) else data.images
-
-
-def measure_all(args: argparse.Namespace, plan: Plan) -> list[pd.DataFrame]:
-    """The frame of each network: measured on the images, by the closed form, or both, one below the other."""
-    import pandas as pd
-
-    parts: list[list[pd.DataFrame]] = [[] for _ in plan.networks]
-    if "hooks" in plan.sources:
-        assert plan.data is not None  # find_data raises where hooks are asked for and there are none
-        for part, frame in zip(parts, measure_on(args, plan.networks, plan.data), strict=True):
-            part.append(frame)
-    if "batchnorm" in plan.sources:
-        for part, network in zip(parts, plan.networks, strict=True):
-            part.append(compute(network))
-    result = []
-    for frames in parts:
-        result.append(pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0])
-        result[-1].attrs = dict(frames[0].attrs)
-    return result
-
-
-def compute(network: Network) -> pd.DataFrame:
-    """The frame of one network by the closed form."""
-    from analysis.frame import make_frame
-    from models.batchnorm import closed_form
-
-    checkpoint, config = network.checkpoint, network.checkpoint.config
-    try:
-        rows = closed_form(checkpoint.state if checkpoint.model is None else checkpoint.model)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint.path}: {error}") from error
-    kind, depth = ("other", None) if config is None else (config.kind, config.depth)
-    if ambiguous := rows.attrs.pop("ambiguous"):
-        more = f" and {len(ambiguous) - 3} more" if len(ambiguous) > 3 else ""
-        line = f"names and order of the tensors do not agree on {', '.join(ambiguous[:3])}{more}: a forward pass tells"
-        checkpoint.warnings.append(line)
-        print(f"warning: {network.label}: {line}", file=sys.stderr)
-    return make_frame(rows, network=network.label, kind=kind, depth=depth, source="batchnorm")
-
-
-def measure_on(
-    args: argparse.Namespace, networks: list[Network], data: Cifar10 | ImageFolder
-) -> Iterator[pd.DataFrame]:
-    """The frame of each network, measured on images."""
-    import torch
-    from tqdm import tqdm
-
-    from analysis.hooks import measure
-
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    total = args.images or len(data)
-    with tqdm(total=total * len(networks), unit=" images", leave=False, disable=None) as bar:
-        for network in networks:
-            bar.set_description(network.label)
-            checkpoint = network.checkpoint
-            assert checkpoint.preprocessing is not None  # recognised at the latest, as there are images
-            batches = make_batches(data, total, args.batch_size, checkpoint.preprocessing, classes(network))
-            options = {"network": network.label, "precision": args.precision, "progress": bar.update}
-            try:
-                yield measure(network.model.to(device), batches, **options)
-            except ValueError as error:
-                raise ValueError(f"{checkpoint.path}: {error}") from error
-
-
-def measure_blocks(args: argparse.Namespace, plan: Plan) -> pd.DataFrame | None:
-    """Branch and shortcut of every residual block, on the first images; None where nothing runs on images."""
-    import pandas as pd
-    import torch
-
-    from analysis.branches import recording_blocks
-    from analysis.hooks import evaluation, run
-
-    if plan.data is None:
-        return None
-    frames = []
-    total = min(BLOCK_IMAGES, args.images or len(plan.data))
-    for network in plan.networks:
-        assert network.checkpoint.preprocessing is not None
-        with evaluation(network.model), recording_blocks(network.model) as record, torch.no_grad():
-            for batch in make_batches(plan.data, total, args.batch_size, network.checkpoint.preprocessing, None):
-                run(network.model, batch)
-            frames.append(record.frame(network.label))
-    return pd.concat(frames, ignore_index=True)
-
-
-def classes(network: Network) -> int | None:
-    """The number of the network's outputs, where it is known."""
-    config = network.checkpoint.config
-    return None if config is None else config.classes
-
-
-def make_batches(
-    data: Cifar10 | ImageFolder, total: int, size: int | None, normalise: Preprocessing, classes: int | None
-) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
-    """The first `total` images, normalised, in batches (n, 3, H, W), with labels (n,) where they are the network's."""
-    import torch
-
-    from models.images import ImageFolder
-
-    if isinstance(data, ImageFolder):
-        parts = data.batches(size or BATCH_SIZES["imagenet"], total)
-        labelled = data.classes == classes
-    else:
-        parts = data.batches(size or BATCH_SIZES["cifar"], total)
-        labelled = True
-    for images, labels in parts:
-        x = normalise(images)
-        yield x if labels is None or not labelled else (x, torch.from_numpy(labels))

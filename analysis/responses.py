@@ -3,31 +3,30 @@
     python -m analysis.responses --depth 20 56 110
     python -m analysis.responses --checkpoint resnet-20=resnet20-12fca82f.th --data cifar-10-python.tar.gz
 
-writes responses.csv, claims.csv, responses.json (where the numbers come from) and fig7.png/.pdf into --out, says how
-far each network is from the paper's curve, and judges the paper's claims. Without images it computes the closed form
-from BN's tensors.
+writes responses.csv, claims.csv, responses.json (where the numbers come from), fig7.png/.pdf and decomposition.png/.pdf
+into --out (with --html also a page to look at, responses.html), says how far each network is from the paper's curve,
+and judges the paper's claims. Without images it computes the closed form from BN's tensors.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from contextlib import ExitStack
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from analysis.inputs import Found, Network, Plan, add_options, check_folder, check_options, positive, split_label
-from models.messages import report
+from analysis.inputs import Found, Network, add_options, check_folder, check_options, positive, split_label
+from analysis.outputs import add_page_option, as_csv, as_images, as_json, as_page, describe_network, finish, write_files
 
 if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help does without
     import pandas as pd
-    from matplotlib.figure import Figure
 
+CAPTIONS = (
+    "Std of the layer responses, in original order and sorted by magnitude",
+    "What the responses consist of: std² = within² + between²",
+)
 PAPER_DEPTHS = [20, 56, 110]
 PAPER_ITERATIONS = 64_000
 MARKS = {"holds": "+", "does not hold": "-", "cannot be judged here": " "}  # before the sentence of a number
-UNDATED = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}  # the same figure gives the same bytes
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,16 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.kind and len(args.kind) > 1 and not args.depth:
         parser.error("--kind: one kind at a time where it says what the checkpoints are")
     check_options(parser, args)
-    try:
-        run(args)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        if args.debug:
-            raise
-        return report(error)
-    return 0
+    return finish(run, args)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -64,6 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
         "plain-110, as in the paper); without any, what the checkpoints are")  # fmt: skip
     add("--checkpoint", nargs="+", default=[], metavar="[LABEL=]PATH", help="files of trained networks")
     add_options(parser)
+    add_page_option(parser)
     add("--no-paper", action="store_true", help="leave out the paper's own curves")
     return parser
 
@@ -72,9 +63,10 @@ def run(args: argparse.Namespace) -> None:
     """Measure, print and write. Raises ValueError or OSError, with what to do, for bad input."""
     import pandas as pd
 
-    from analysis.inputs import measure_all, measure_blocks, prepare
+    from analysis.inputs import prepare
     from analysis.paper import curves, judge
-    from plots import draw_fig7
+    from analysis.sources import measure_all, measure_blocks
+    from plots import draw_decomposition, draw_fig7
 
     check_folder(args.out)
     plan = prepare(args, [*find_shipped(args), *find_checkpoints(args)])
@@ -87,14 +79,23 @@ def run(args: argparse.Namespace) -> None:
     for part in frames:
         part.attrs.clear()
     frame = pd.concat(frames, ignore_index=True)
-    figure = draw_fig7(frame, None if args.no_paper else curves(), note=short_runs(plan.networks))
     claims = judge(frame[frame["source"] == plan.sources[0]], measure_blocks(args, plan))
-    written = write_all(args.out, args.format, frame, claims, provenance, figure)
+    figures = {
+        "fig7": draw_fig7(frame, None if args.no_paper else curves(), note=short_runs(plan.networks)),
+        "decomposition": draw_decomposition(frame),
+    }
+    files = {"responses.csv": as_csv(frame), "claims.csv": as_csv(claims), "responses.json": as_json(provenance)}
+    for name, figure in figures.items():
+        files |= as_images(name, figure, args.format)
+    if args.html:
+        shown = zip(CAPTIONS, figures.values(), strict=True)
+        files |= as_page("responses", "Layer responses", shown, frame, provenance)
+    written = write_files(args.out, files)
     print_table([part[part["source"] == plan.sources[0]] for part in frames], accuracies)
     if len(plan.sources) > 1:
         print_differences(frame)
     print_claims(claims)
-    print("\n" + "\n".join(f"wrote {path}" for path in written))
+    print(written)
 
 
 def find_shipped(args: argparse.Namespace) -> list[Found]:
@@ -160,41 +161,6 @@ def short_runs(networks: list[Network]) -> str:
     )
 
 
-def describe_network(args: argparse.Namespace, network: Network, frame: pd.DataFrame, plan: Plan) -> dict[str, Any]:
-    """Where a network's numbers come from, as JSON can hold it."""
-    checkpoint, data = network.checkpoint, plan.data
-    name = None if checkpoint.config is None else checkpoint.config.name
-    entry: dict[str, Any] = {
-        "checkpoint": {"path": str(checkpoint.path), "sha256": checkpoint.digest, "card": checkpoint.card},
-        "network": {"name": name, "kind_known": checkpoint.how["kind"], "model": args.model},
-        "source": plan.sources,
-        "warnings": checkpoint.warnings,
-        "versions": versions(),
-    }
-    if data is not None and checkpoint.preprocessing is not None:
-        entry["preprocessing"] = {
-            "name": checkpoint.preprocessing.name,
-            "known": checkpoint.how["preprocessing"],
-            "crop_padding": checkpoint.crop_padding,
-        }
-        entry["data"] = {**data.provenance(), "images": int(frame["images"].max())}
-        device = str(next(network.model.parameters()).device)
-        entry |= {"device": device, "precision": args.precision, "accuracy": frame.attrs["accuracy"]}
-    return entry
-
-
-def versions() -> dict[str, str]:
-    """The versions of what the numbers depend on."""
-    from importlib.metadata import PackageNotFoundError, version
-    from platform import python_version
-
-    known = {"python": python_version()} | {package: version(package) for package in ("torch", "numpy", "pandas")}
-    try:
-        return {"layer-responses": version("layer-responses")} | known
-    except PackageNotFoundError:  # run from a checkout
-        return {"layer-responses": "not installed"} | known
-
-
 def print_table(frames: list[pd.DataFrame], accuracies: list[float | None]) -> None:
     """One line a network: layers, accuracy, std, and how far it is from the paper."""
     import pandas as pd
@@ -245,31 +211,6 @@ def print_claims(claims: pd.DataFrame) -> None:
         print(f"  {statement}: {verdicts.pop() if len(verdicts) == 1 else 'holds in part'}")
         for verdict, sentence in zip(numbers["verdict"], numbers["sentence"], strict=True):
             print(f"    {MARKS[verdict]} {sentence}")
-
-
-def write_all(
-    folder: Path,
-    formats: list[str],
-    frame: pd.DataFrame,
-    claims: pd.DataFrame,
-    provenance: dict[str, Any],
-    figure: Figure,
-) -> list[Path]:
-    """Write the frame, the claims, the provenance and the figure: all of them, or none. Returns their paths."""
-    import matplotlib as mpl
-
-    from models.files import replacing
-    from plots.style import RC
-
-    names = ["responses.csv", "claims.csv", "responses.json", *(f"fig7.{suffix}" for suffix in dict.fromkeys(formats))]
-    with ExitStack() as files, mpl.rc_context(RC):
-        csv, judged, document, *images = [files.enter_context(replacing(folder / name)) for name in names]
-        frame.to_csv(csv, index=False, lineterminator="\n")
-        claims.to_csv(judged, index=False, lineterminator="\n")
-        document.write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
-        for image in images:
-            figure.savefig(image, dpi=300, metadata=UNDATED.get(image.suffix))
-    return [folder / name for name in names]
 
 
 if __name__ == "__main__":

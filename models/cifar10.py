@@ -66,10 +66,12 @@ class Cifar10:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batches(self, size: int, total: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        """The first `total` images, `size` at a time: (n, 32, 32, 3) uint8 and (n,) labels."""
-        end = len(self) if total is None else total
-        for start in range(0, end, size):
+    def batches(
+        self, size: int, first: int = 0, end: int | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """The images from `first` to before `end`, `size` at a time: (n, 32, 32, 3) uint8 and (n,) labels."""
+        end = len(self) if end is None else end
+        for start in range(first, end, size):
             part = slice(start, min(start + size, end))
             yield self.images[part], None if self.labels is None else self.labels[part]
 

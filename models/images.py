@@ -86,9 +86,12 @@ class ImageFolder:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return np.stack(list(pool.map(self.decode, [self.files[i] for i in chosen])))
 
-    def batches(self, size: int, total: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        """The first `total` images, `size` at a time: (n, 224, 224, 3) uint8 and (n,) labels."""
-        files = self.files[:total]
+    def batches(
+        self, size: int, first: int = 0, end: int | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """The images from `first` to before `end`, `size` at a time: (n, 224, 224, 3) uint8 and (n,) labels."""
+        files = self.files[first:end]
+        labels = None if self.labels is None else self.labels[first:end]
         starts = range(0, len(files), size)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             waiting: deque[list[Future[np.ndarray]]] = deque()
@@ -99,7 +102,7 @@ class ImageFolder:
                         waiting.append([pool.submit(self.decode, file) for file in files[ahead : ahead + size]])
                     if start >= 0:
                         images = np.stack([future.result() for future in waiting.popleft()])
-                        yield images, None if self.labels is None else self.labels[start : start + len(images)]
+                        yield images, None if labels is None else labels[start : start + len(images)]
             finally:  # an error, or a reader that has enough, does not wait for the rest
                 pool.shutdown(wait=False, cancel_futures=True)
 

@@ -5,11 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from plots.compare import draw_compare, draw_stages
+    from plots.decomposition import draw_decomposition
+    from plots.dynamics import draw_dynamics
     from plots.fig7 import draw_fig7
 
-__all__ = ["draw_fig7"]
+__all__ = ["draw_compare", "draw_decomposition", "draw_dynamics", "draw_fig7", "draw_stages"]
 
-HOMES = {"draw_fig7": "plots.fig7"}
+HOMES = {
+    "draw_compare": "plots.compare",
+    "draw_decomposition": "plots.decomposition",
+    "draw_dynamics": "plots.dynamics",
+    "draw_fig7": "plots.fig7",
+    "draw_stages": "plots.compare",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -21,19 +21,29 @@ ATTRIBUTE = "layer_responses_mark"  # on the artist: it lives, is copied and is 
 
 @dataclass(frozen=True)
 class Mark:
-    """An artist's network, as the frame calls it, and for a line with points to look at the layer of each of them."""
+    """An artist's network, as the frame calls it, and for a line with points to look at the layer of each of them.
+
+    iterations: likewise, or nothing where a point is not of one iteration.
+    """
 
     network: str
     layers: tuple[int, ...] = ()
+    iterations: tuple[int, ...] = ()
+
+    @property
+    def points(self) -> list[tuple[int, ...]]:
+        """(layer,) or (layer, iteration) of each."""
+        columns = (self.layers, self.iterations) if self.iterations else (self.layers,)
+        return list(zip(*columns, strict=True))
 
 
-def mark(artist: Artist, network: str, layers: Iterable[int] = ()) -> None:
-    """Say that an artist shows a network: a page switches it on and off with it.
+def mark(artist: Artist, network: str, layers: Iterable[int] = (), iterations: Iterable[int] = ()) -> None:
+    """Say that an artist (a line, a band, a whole panel) shows a network: a page switches it on and off with it.
 
-    layers: of a Line2D, one layer a point, in the order of its points; a page shows these layers' rows of its table.
-    Without them the artist (a band, a pale curve, a text) is switched, and has no points to look at.
+    layers: of a Line2D, which may be invisible: one layer a point, in the order of its points; a page shows these
+    layers' rows of its table when one looks at a point. iterations: likewise, where the table has rows for several.
     """
-    setattr(artist, ATTRIBUTE, Mark(network, tuple(int(layer) for layer in layers)))
+    setattr(artist, ATTRIBUTE, Mark(network, tuple(map(int, layers)), tuple(map(int, iterations))))
 
 
 def mark_legend(legend: Legend, handles: Iterable[Artist]) -> None:

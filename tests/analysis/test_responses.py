@@ -117,8 +117,8 @@ def test_two_public_checkpoints_on_real_input(akamaster, shared_cifar10, tmp_pat
         assert entries[name]["network"]["kind_known"].startswith("recognised, misfit 0.0")
         assert entries[name]["data"]["exact"] is True
         assert entries[name]["warnings"] == []
-    names = ["claims.csv", "fig7.pdf", "fig7.png", "responses.csv", "responses.json"]
-    assert sorted(path.name for path in out.iterdir()) == names
+    images = ["decomposition.pdf", "decomposition.png", "fig7.pdf", "fig7.png"]
+    assert sorted(path.name for path in out.iterdir()) == ["claims.csv", *images, "responses.csv", "responses.json"]
 
 
 def test_the_closed_form_of_the_real_checkpoints(akamaster, tmp_path):
@@ -153,15 +153,26 @@ def test_what_is_written_and_printed(files, images, tmp_path, capsys):
         f"    {'+' if sign == '<' else '-'} resnet-8 has a mean std of {means['resnet-8']:.3f}, {percent:.1f} % "
         f"{'less' if sign == '<' else 'more'} than plain-8 ({means['plain-8']:.3f})\n"
     ) in printed
-    names = ["claims.csv", "fig7.svg", "responses.csv", "responses.json"]
+    names = ["claims.csv", "decomposition.svg", "fig7.svg", "responses.csv", "responses.json"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     assert ">ResNet-14</text>" in (tmp_path / "out" / "fig7.svg").read_text()
+
+
+def test_a_page_to_look_at(files, tmp_path, capsys):
+    words = ("--checkpoint", *files.values(), "--source", "batchnorm", "--out", tmp_path, "--format", "png")
+    assert run(*words, "--html") == 0
+    assert capsys.readouterr().out.endswith(f"wrote {tmp_path}/decomposition.png\nwrote {tmp_path}/responses.html\n")
+    page = (tmp_path / "responses.html").read_text()
+    assert page.count("<figure ") == 2
+    assert page.count("<tr ") == len(pd.read_csv(tmp_path / "responses.csv"))
+    for entry in json.loads((tmp_path / "responses.json").read_text()).values():
+        assert entry["checkpoint"]["sha256"] in page
 
 
 def test_the_same_command_writes_the_same_bytes(files, images, tmp_path):
     for out in ("a", "b"):
         words = ("--checkpoint", *files.values(), "--data", images, "--out", tmp_path / out)
-        assert run(*words, "--format", "svg", "pdf", "png") == 0
+        assert run(*words, "--format", "svg", "pdf", "png", "--html") == 0
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 

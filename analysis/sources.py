@@ -1,0 +1,206 @@
+"""The numbers of each network, from its sources: measured on images by hooks, or computed from BN's tensors.
+
+    plan = prepare(args, found)  # analysis.inputs
+    frames = measure_all(args, plan)
+
+All networks run on a batch of images before the next batch is taken: images are read and decoded once. Of several
+processes (analysis.processes) each measures its part of the images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from functools import reduce
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+from analysis.processes import exchange, leave, part_of, rank, together
+
+if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help does without
+    import pandas as pd
+    import torch
+    from torch import Tensor
+
+    from analysis.inputs import Network, Plan
+    from models.cifar10 import Cifar10
+    from models.images import ImageFolder
+
+BLOCK_IMAGES = 512  # on which residual blocks are measured
+PIXELS = {"cpu": 32 * 32**2, "cuda": 1024 * 32**2}  # in a batch: responses that stay in caches; that fill a GPU
+ERROR_IMAGES = 256  # on which bfloat16 is compared with float32
+
+
+def default_batch_size(side: int, device: str) -> int:
+    """Images of side x side pixels at a time: few enough for a response to stay in the caches, but 8 at least."""
+    images = PIXELS[device] // side**2
+    return max(8, min(images, PIXELS[device] // 32**2))
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    """Where networks run; each process of one machine has a GPU of its own (see analysis.processes)."""
+    import torch
+
+    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def measure_all(args: argparse.Namespace, plan: Plan) -> list[pd.DataFrame]:
+    """The frame of each network: measured on the images, by the closed form, or both, one below the other."""
+    import pandas as pd
+
+    parts: list[list[pd.DataFrame]] = [[] for _ in plan.networks]
+    if "hooks" in plan.sources:
+        assert plan.data is not None  # find_data raises where hooks are asked for and there are none
+        measured = measure_on(args, plan.networks, plan.data)
+        errors = rounding_errors(args, plan.networks, plan.data) if args.precision == "bfloat16" else []
+        for network, part, frame, error in zip_longest(plan.networks, parts, measured, errors):
+            frame.attrs["rounding"] = error
+            part.append(frame)
+            if args.verbose:
+                print(f"{network.label}: measured {frame.attrs['path']}")
+    leave()
+    if "batchnorm" in plan.sources:
+        for part, network in zip(parts, plan.networks, strict=True):
+            part.append(compute(network))
+    result = []
+    for frames in parts:
+        result.append(pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0])
+        result[-1].attrs = dict(frames[0].attrs)
+    return result
+
+
+def compute(network: Network) -> pd.DataFrame:
+    """The frame of one network by the closed form."""
+    from analysis.frame import make_frame
+    from models.batchnorm import closed_form
+
+    checkpoint, config = network.checkpoint, network.checkpoint.config
+    try:
+        rows = closed_form(checkpoint.state if checkpoint.model is None else checkpoint.model)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from error
+    kind, depth = ("other", None) if config is None else (config.kind, config.depth)
+    if ambiguous := rows.attrs.pop("ambiguous"):
+        more = f" and {len(ambiguous) - 3} more" if len(ambiguous) > 3 else ""
+        line = f"names and order of the tensors do not agree on {', '.join(ambiguous[:3])}{more}: a forward pass tells"
+        checkpoint.warnings.append(line)
+        print(f"warning: {network.label}: {line}", file=sys.stderr)
+    return make_frame(rows, network=network.label, kind=kind, depth=depth, source="batchnorm")
+
+
+def measure_on(args: argparse.Namespace, networks: list[Network], data: Cifar10 | ImageFolder) -> list[pd.DataFrame]:
+    """The frame of each network, measured on images; of several processes each measures its part of them.
+
+    All networks run on a batch before the next one: images are read and decoded once.
+    """
+    from tqdm import tqdm
+
+    from analysis.hooks import Result, ahead, measuring
+
+    device = device_of(args)
+    first, end = part_of(args.images or len(data))
+    silent = True if rank() else None  # None: where stderr is no terminal
+    with together(), ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=end - first, unit=" images", leave=False, disable=silent))
+        measurements = []
+        for network in networks:
+            measurements.append(stack.enter_context(measuring(network.model.to(device), precision=args.precision)))
+        stream = ahead(make_batches(args, data, networks, first, end), lambda: True)
+        for batches in stack.enter_context(closing(stream)):
+            for network, measurement, batch in zip(networks, measurements, batches, strict=True):
+                with named(network):
+                    images = measurement.add(batch)
+            bar.update(images)
+    results = [measurement.result() for measurement in measurements]
+    parts = exchange((results, getattr(data, "digests", {})))
+    for _, digests in parts:
+        getattr(data, "digests", {}).update(digests)
+    frames = []
+    for network, *others in zip(networks, *(results for results, _ in parts), strict=True):
+        with named(network):
+            frames.append(reduce(Result.merge, others).frame(network.label))
+    return frames
+
+
+def rounding_errors(
+    args: argparse.Namespace, networks: list[Network], data: Cifar10 | ImageFolder
+) -> list[dict[str, float]]:
+    """For each network the relative differences of std in bfloat16 from float32, on the first images; printed too."""
+    images = min(ERROR_IMAGES, args.images or len(data))
+    few = {precision: argparse.Namespace(**vars(args) | {"images": images, "precision": precision})
+           for precision in ("float32", "bfloat16")}  # fmt: skip
+    exact, rounded = (measure_on(options, networks, data) for options in few.values())
+    errors = []
+    for network, ours, theirs in zip(networks, rounded, exact, strict=True):
+        relative = (ours["std"] / theirs["std"] - 1).abs()
+        errors.append({"images": images, "mean": relative.mean(), "largest": relative.max()})
+        print(
+            f"{network.label}: std in bfloat16 is {100 * relative.mean():.2f} % from float32 in the mean over layers, "
+            f"{100 * relative.max():.2f} % in layer {relative.argmax() + 1} (first {images} images)"
+        )
+    return errors
+
+
+@contextmanager
+def named(network: Network) -> Iterator[None]:
+    """Errors of the block begin with the network's file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{network.checkpoint.path}: {error}") from error
+
+
+def measure_blocks(args: argparse.Namespace, plan: Plan) -> pd.DataFrame | None:
+    """Branch and shortcut of every residual block, on the first images; None where nothing runs on images."""
+    import pandas as pd
+    import torch
+
+    from analysis.branches import recording_blocks
+    from analysis.hooks import evaluation
+    from analysis.running import run
+
+    if plan.data is None:
+        return None
+    total = min(BLOCK_IMAGES, args.images or len(plan.data))
+    with torch.no_grad(), ExitStack() as stack:
+        records = []
+        for network in plan.networks:
+            stack.enter_context(evaluation(network.model))
+            records.append(stack.enter_context(recording_blocks(network.model)))
+        for batches in make_batches(args, plan.data, plan.networks, 0, total):
+            for network, batch in zip(plan.networks, batches, strict=True):
+                run(network.model, batch)
+    return pd.concat([record.frame(network.label) for record, network in zip(records, plan.networks, strict=True)])
+
+
+def classes(network: Network) -> int | None:
+    """The number of the network's outputs, where it is known."""
+    config = network.checkpoint.config
+    return None if config is None else config.classes
+
+
+def make_batches(
+    args: argparse.Namespace, data: Cifar10 | ImageFolder, networks: list[Network], first: int, end: int
+) -> Iterator[list[Tensor | tuple[Tensor, Tensor]]]:
+    """The images from `first` to before `end`: for every network a batch (n, 3, H, W), normalised as it wants them.
+
+    With labels (n,), where they are the network's.
+    """
+    import torch
+
+    from models.images import ImageFolder
+    from models.resnet import SIZES
+
+    folder = data if isinstance(data, ImageFolder) else None
+    side = SIZES["imagenet" if folder else "cifar"]
+    size = args.batch_size or default_batch_size(side, device_of(args).type)
+    for images, labels in data.batches(size, first, end):
+        batches: list[Tensor | tuple[Tensor, Tensor]] = []
+        for network in networks:
+            assert network.checkpoint.preprocessing is not None  # recognised at the latest, as there are images
+            x = network.checkpoint.preprocessing(images)
+            labelled = labels is not None and not (folder and folder.classes != classes(network))
+            batches.append((x, torch.from_numpy(labels)) if labelled else x)
+        yield batches

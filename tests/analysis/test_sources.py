@@ -1,0 +1,136 @@
+"""Several networks on the same batches, in either precision, and what is said of how they were measured."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+import analysis
+from analysis.responses import main
+from analysis.sources import default_batch_size
+from models import build, checkpoints, images
+from models.preprocess import PRESETS
+from tests.models.test_recognition import blobs
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Checkpoints of two networks, with BN tensors of their own and two normalisations."""
+    paths = []
+    for name, preset in (("resnet-8", "[0,1]"), ("plain-14", "imagenet")):
+        network = build(name)
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+                torch.nn.init.normal_(module.bias)
+        paths.append(tmp_path / f"{name}.safetensors")
+        checkpoints.save(paths[-1], network, PRESETS[preset], crop_padding="none", training={})
+    return paths
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    """Twenty images of 32x32 pixels in a class folder, and as they are read: (20, 32, 32, 3)."""
+    folder = tmp_path / "cifar" / "cat"
+    folder.mkdir(parents=True)
+    for i, image in enumerate(blobs(20, seed=0)):
+        Image.fromarray(image).save(folder / f"{i:02}.png")
+    return folder.parent, blobs(20, seed=0)
+
+
+def run(*words):
+    return main([str(word) for word in words])
+
+
+def test_networks_that_share_batches_get_the_numbers_that_each_gets_alone(files, cifar, tmp_path, capsys):
+    folder, pixels = cifar
+    words = ("--checkpoint", *files, "--data", folder, "--out", tmp_path / "out", "--format", "svg")
+    assert run(*words, "--batch-size", 6, "--images", 15, "--verbose") == 0
+    frame = pd.read_csv(tmp_path / "out" / "responses.csv")
+    for path in files:
+        checkpoint = checkpoints.load(path)
+        batches = checkpoint.preprocessing(pixels[:15]).split(6)
+        alone = analysis.measure(checkpoint.model, batches)
+        ours = frame[frame["network"] == path.stem]
+        assert ours["std"].tolist() == pytest.approx(alone["std"].tolist(), rel=1e-6)
+        assert set(ours["images"]) == {15}
+    assert capsys.readouterr().out.count(": measured folded\n") == 2
+    assert json.loads((tmp_path / "out" / "responses.json").read_text())["plain-14"]["path"] == "folded"
+
+
+def test_each_image_is_decoded_once_for_all_networks(tmp_path, monkeypatch):
+    for i, pixels in enumerate(blobs(70, seed=0)):
+        (tmp_path / "photographs").mkdir(exist_ok=True)
+        Image.fromarray(pixels).resize((40, 40)).save(tmp_path / "photographs" / f"{i:02}.png")
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\ndef small():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))\n"
+    )
+    for name in ("a", "b", "c"):
+        small = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+        torch.save(small.state_dict(), tmp_path / f"{name}.pth")
+    decoded = []
+    decode = images.ImageFolder.decode
+    monkeypatch.setattr(images.ImageFolder, "decode", lambda self, file: decoded.append(file) or decode(self, file))
+    monkeypatch.setattr(images.ImageFolder, "sample", lambda self, count: np.zeros((2, 224, 224, 3), np.uint8))
+    monkeypatch.setattr("analysis.sources.BLOCK_IMAGES", 1)
+    words = ["--checkpoint", *(tmp_path / f"{name}.pth" for name in "abc"), "--model", f"{tmp_path / 'mine.py'}:small"]
+    assert run(*words, "--data", tmp_path / "photographs", "--out", tmp_path / "out", "--images", 66) == 0
+    once = sorted((tmp_path / "photographs").iterdir())[:66]
+    assert sorted(decoded) == sorted([*once, once[0]])  # the first one for the residual blocks, too
+
+
+def test_why_a_network_was_not_folded_is_said(cifar, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)\n"
+        "    def forward(self, x):\n"
+        "        y = self.conv(x)\n"
+        "        return self.bn(y) + y\n"
+    )
+    state = {"conv.weight": torch.randn(4, 3, 3, 3), "conv.bias": torch.randn(4)}
+    state |= {f"bn.{name}": torch.full((4,), 2.0) for name in ("weight", "bias", "running_mean", "running_var")}
+    torch.save(state, tmp_path / "a.pth")
+    words = ("--checkpoint", tmp_path / "a.pth", "--model", f"{tmp_path / 'mine.py'}:Net", "--data", cifar[0])
+    options = ("--normalize", "[0,1]", "--batch-size", 5, "--out", tmp_path / "out")
+    assert run(*words, *options) == 0
+    assert "measured" not in capsys.readouterr().out
+    assert run(*words, *options, "--verbose") == 0
+    assert (
+        "a: measured hooks: it has another output when it is folded: a convolution's output goes elsewhere too\n"
+    ) in capsys.readouterr().out
+
+
+def test_bfloat16_comes_with_its_error(files, cifar, tmp_path, capsys):
+    folder, pixels = cifar
+    words = ("--checkpoint", files[0], "--data", folder, "--out", tmp_path / "out", "--batch-size", 5)
+    assert run(*words, "--precision", "bfloat16") == 0
+    checkpoint = checkpoints.load(files[0])
+    exact, rounded = (
+        analysis.measure(checkpoint.model, checkpoint.preprocessing(pixels).split(5), precision=precision)["std"]
+        for precision in ("float32", "bfloat16")
+    )
+    relative = (rounded / exact - 1).abs()
+    found = re.search(
+        r"resnet-8: std in bfloat16 is (\S+) % from float32 in the mean over layers, (\S+) % in layer (\d) "
+        r"\(first 20 images\)\n",
+        capsys.readouterr().out,
+    )
+    assert [float(found[1]), float(found[2])] == pytest.approx([100 * relative.mean(), 100 * relative.max()], abs=0.006)
+    assert int(found[3]) == relative.argmax() + 1
+    entry = json.loads((tmp_path / "out" / "responses.json").read_text())["resnet-8"]
+    assert entry["precision"] == "bfloat16"
+    assert entry["rounding"]["largest"] == pytest.approx(relative.max(), rel=1e-3)
+    assert run(*words) == 0
+    assert json.loads((tmp_path / "out" / "responses.json").read_text())["resnet-8"]["rounding"] is None
+
+
+def test_batch_sizes():
+    assert [default_batch_size(side, "cpu") for side in (8, 32, 64, 224)] == [32, 32, 8, 8]
+    assert [default_batch_size(side, "cuda") for side in (32, 224)] == [1024, 20]
