@@ -1,0 +1,252 @@
+"""The command: what may be compared, what is printed and written, and what is refused."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from analysis.compare import main
+from analysis.differences import COLUMNS
+from models import build, checkpoints, closed_form, zoo
+from models.preprocess import PRESETS
+from tests.analysis.test_inputs import cifar  # noqa: F401 (a fixture)
+
+
+def run(*words):
+    try:
+        return main([str(word) for word in words])
+    except SystemExit as end:
+        return end.code
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Checkpoints with BN tensors of their own: by name and seed."""
+    paths = {}
+    for i, name in enumerate(["resnet-8", "plain-8", "resnet-14", "resnet-8b", "resnet-8c", "resnet-8d"]):
+        torch.manual_seed(i)
+        network = build(name.rstrip("bcd"))
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+                torch.nn.init.normal_(module.bias)
+        paths[name] = tmp_path / f"{name}.safetensors"
+        checkpoints.save(paths[name], network, PRESETS["[0,1]"], crop_padding="none", training={})
+    return paths
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+def stds(path):
+    return closed_form(checkpoints.load(path).model)["std"].to_numpy()
+
+
+def test_two_checkpoints(files, out, capsys):
+    words = (files["resnet-8"], files["plain-8"], "--source", "batchnorm", "--out", out, "--format", "svg")
+    assert run(*words) == 0
+    a, b = stds(files["resnet-8"]), stds(files["plain-8"])
+    table = pd.read_csv(out / "compare.csv")
+    assert list(table.columns) == list(COLUMNS)
+    assert table["difference"].tolist() == pytest.approx((b - a).tolist())
+    worst = np.abs(b - a).argmax()
+    printed = capsys.readouterr().out
+    row = next(line for line in printed.splitlines() if "plain-8 vs resnet-8" in line).split()
+    assert row[3:7] == [f"{b.mean():.4f}", "vs", f"{a.mean():.4f}", f"{b.mean() / a.mean():.3f}"]
+    assert row[7:10] == [f"{(b - a)[worst]:+.4f}", "in", str(worst + 1)]
+    assert row[11] == f"{np.corrcoef(a, b)[0, 1]:.3f}"
+    assert row[13] == f"{np.abs(np.sort(a) - np.sort(b)).mean():.4f}"
+    assert sorted(path.name for path in out.iterdir()) == [
+        "compare-stages.svg", "compare.csv", "compare.json", "compare.svg"
+    ]  # fmt: skip
+    assert list(json.loads((out / "compare.json").read_text())) == ["resnet-8", "plain-8"]
+
+
+def test_other_depths_are_compared_by_relative_depth(files, out):
+    assert run(files["resnet-14"], files["resnet-8"], "--source", "batchnorm", "--out", out) == 0
+    table = pd.read_csv(out / "compare.csv")
+    a, b = stds(files["resnet-14"]), stds(files["resnet-8"])  # 13 and 7 layers
+    at = (np.arange(7) + 0.5) / 7
+    expected = b - np.interp(at, (np.arange(13) + 0.5) / 13, a)
+    assert table["difference"].tolist() == pytest.approx(expected.tolist())
+
+
+def test_every_pair_is_compared_and_measured_on_images(files, cifar, out, capsys):  # noqa: F811
+    words = [files[name] for name in ("resnet-8", "plain-8", "resnet-14")]
+    assert run(*words, "--data", cifar, "--out", out, "--format", "png") == 0
+    table = pd.read_csv(out / "compare.csv")
+    assert table.groupby(["first", "second"], sort=False).size().to_dict() == {
+        ("resnet-8", "plain-8"): 7, ("resnet-8", "resnet-14"): 7, ("plain-8", "resnet-14"): 7
+    }  # fmt: skip
+    assert json.loads((out / "compare.json").read_text())["plain-8"]["data"]["images"] == 20
+    assert capsys.readouterr().out.count(" vs ") == 1 + 3 * 2
+
+
+def test_a_file_with_itself_and_with_a_copy_under_another_name(files, tmp_path, out, capsys):
+    state = {f"module.{name}": t for name, t in checkpoints.load(files["resnet-8"]).state.items()}
+    torch.save({"state_dict": state}, tmp_path / "copy.pth")
+    copies = [f"first={files['resnet-8']}", f"second={files['resnet-8']}", f"third={tmp_path / 'copy.pth'}"]
+    assert run(*copies, "--source", "batchnorm", "--out", out) == 0
+    table = pd.read_csv(out / "compare.csv")
+    assert table["difference"].eq(0).all()
+    rows = [line for line in capsys.readouterr().out.splitlines() if " vs " in line][1:]
+    assert [line.endswith(" identical") for line in rows] == [True] * 3
+
+
+def test_nearly_the_same_is_not_identical(files, tmp_path, out, capsys):
+    checkpoint = checkpoints.load(files["resnet-8"])
+    checkpoint.state["fc.bias"][0] += 1e-6  # the curves are the same, the networks are not
+    torch.save(checkpoint.state, tmp_path / "other.pth")
+    assert run(files["resnet-8"], tmp_path / "other.pth", "--source", "batchnorm", "--out", out) == 0
+    row = [line for line in capsys.readouterr().out.splitlines() if " vs " in line][1]
+    assert row.endswith(" same numbers")
+
+
+def test_shipped_networks_and_frames_made_earlier(files, tmp_path, out, capsys):
+    from analysis.responses import main as responses
+
+    words = ["--checkpoint", f"mine={files['resnet-8']}", str(files["resnet-14"]), "--source", "batchnorm"]
+    assert responses([*map(str, words), "--out", str(tmp_path / "earlier")]) == 0
+    csv = tmp_path / "earlier" / "responses.csv"
+    assert run(csv, "resnet-20", f"again={files['resnet-8']}", "--source", "batchnorm", "--out", out) == 0
+    printed = capsys.readouterr().out
+    [row] = [line for line in printed.splitlines() if line.strip().startswith("again vs mine")]
+    assert row.endswith(" same numbers")
+    assert "resnet-20 vs resnet-14" in printed
+    assert "resnet-20" in zoo.shipped()
+
+
+def test_a_page_to_look_at(files, tmp_path, out):
+    """Every layer of every network, those of a group one by one, with the difference to the first."""
+    csv = frame(tmp_path / "a.csv")
+    group = f"b={files['resnet-8b']},{files['resnet-8c']}"
+    words = (files["resnet-8"], csv, "--group", group, "--source", "batchnorm", "--out", out, "--format", "png")
+    assert run(*words, "--html") == 0
+    page = (out / "compare.html").read_text()
+    assert page.count("<figure ") == 2
+    rows = [re.findall("<td.*?>(.*?)</td>", row) for row in re.findall("<tr .*", page)]
+    heads = re.findall('data-key="(.*?)"', page)
+    assert [row[0] for row in rows] == ["resnet-8"] * 7 + ["a"] * 3 + ["b"] * 14
+    assert [row[heads.index("member")] for row in rows] == [""] * 10 + ["b 1"] * 7 + ["b 2"] * 7
+    table = pd.read_csv(out / "compare.csv").groupby(["first", "second"])["difference"]
+    shown = [row[heads.index("difference")] for row in rows]
+    assert shown[:7] == [""] * 7
+    assert [float(text) for text in shown[7:10]] == pytest.approx(table.get_group(("resnet-8", "a")).tolist(), abs=1e-4)
+    expected = table.get_group(("resnet-8", "b")).tolist() * 2
+    assert [float(text) for text in shown[10:]] == pytest.approx(expected, abs=1e-4)
+    assert list(json.loads((out / "compare.json").read_text())) == ["resnet-8", "b 1", "b 2", str(csv)]
+    assert str(csv) in page
+
+
+def test_the_same_command_writes_the_same_bytes(files, tmp_path):
+    groups = ["--group", f"a={files['resnet-8']},{files['resnet-8b']}", "--group", f"b={files['resnet-8c']}"]
+    for name in ("a", "b"):
+        words = (files["plain-8"], *groups, "--source", "batchnorm", "--out", tmp_path / name)
+        assert run(*words, "--format", "svg", "pdf", "png", "--html") == 0
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_groups_come_with_their_values_and_a_test(files, out, capsys):
+    groups = {"a": ["resnet-8", "resnet-8b"], "b": ["resnet-8c", "resnet-8d"]}
+    words = [word for k, v in groups.items() for word in ("--group", f"{k}={','.join(str(files[n]) for n in v)}")]
+    assert run(*words, "--source", "batchnorm", "--out", out) == 0
+    printed = capsys.readouterr().out
+    means = {name: [stds(files[n]).mean() for n in members] for name, members in groups.items()}
+    for name, values in means.items():
+        assert f"{name}: mean std of each network: {values[0]:.4f}, {values[1]:.4f}\n" in printed
+    difference = np.mean(means["b"]) - np.mean(means["a"])
+    assert f"b - a: {difference:+.4f}, p = " in printed
+    assert "the smallest that 2 and 2 can give is 0.3333); too few networks for an interval" in printed
+    curve = (stds(files["resnet-8c"]) + stds(files["resnet-8d"])) / 2
+    assert pd.read_csv(out / "compare.csv")["std_second"].tolist() == pytest.approx(curve.tolist())
+    assert set(json.loads((out / "compare.json").read_text())) == {"a 1", "a 2", "b 1", "b 2"}
+
+
+def test_an_interval_where_there_are_networks_enough(files, out, capsys):
+    a = ",".join(str(files[name]) for name in ("resnet-8", "resnet-8b", "resnet-8c"))
+    b = ",".join([a, str(files["resnet-8d"])])
+    assert run("--group", f"a={a}", "--group", f"b={b}", "--source", "batchnorm", "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert "the smallest that 3 and 4 can give is 0.0286); 95 % interval -" in printed
+
+
+# Bad input
+
+
+def frame(path, edit=lambda frame: frame):
+    columns = {"network": "a", "kind": "other", "depth": None, "layer": [1, 2, 3], "name": "c", "norm": "b", "stage": 1}
+    columns |= {"channels": 4, "height": 8, "width": 8, "images": 2, "count": 512, "mean": 0.0, "std": [5.0, 5.0, 5.0]}
+    columns |= {"within": 3.0, "between": 4.0, "source": "hooks"}
+    edit(pd.DataFrame(columns)).to_csv(path, index=False)
+    return path
+
+
+BAD_FRAMES = {
+    "edited": (lambda f: f.assign(std=[5, 5.1, 5]), "std, within and between of a, layer 2 do not belong together"),
+    "NaN": (lambda f: f.assign(std=[5, np.nan, 5]), "std, within and between of a, layer 2 do not belong together"),
+    "a layer less": (lambda f: f.drop(index=1), "the layers of a are not 1 to 2: rows are missing, or were added"),
+    "a layer twice": (lambda f: pd.concat([f, f.iloc[:1]]), "the layers of a are not 1 to 4"),
+    "other columns": (lambda f: f.rename(columns={"std": "sd"}), "not a frame of analysis.responses: its columns are"),
+    "words": (lambda f: f.assign(std="high"), "not a frame of analysis.responses: "),
+    "half a layer": (lambda f: f.assign(layer=[1.5, 2, 3]), "not a frame of analysis.responses: "),
+    "no rows": (lambda f: f.iloc[:0], "not a frame of analysis.responses: it has no rows"),
+    "a formula": (lambda f: f.assign(network="=1+1"), "'=1+1' is no label"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FRAMES)
+def test_frames_that_someone_edited(name, tmp_path, out, capsys):
+    edit, message = BAD_FRAMES[name]
+    good, bad = frame(tmp_path / "good.csv"), frame(tmp_path / "bad.csv", edit)
+    assert run(f"good={good}", bad, "--out", out) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert len(shown.splitlines()) == 1
+    assert list(out.iterdir()) == []
+
+
+BAD = {
+    "one thing": (lambda f: [f["resnet-8"]], "name two things to compare, or more"),
+    "no such file": (lambda f: [f["resnet-8"], "gone.pth"], "error: gone.pth: no such file"),
+    "no such frame": (lambda f: [f["resnet-8"], "gone.csv"], "error: gone.csv: no such file; a frame is the"),
+    "no such network": (lambda f: [f["resnet-8"], "resnet-32"], "error: resnet-32: no such file"),
+    "empty group": (lambda f: [f["resnet-8"], "--group", "a="], "error: --group a=: not LABEL=ITEM,ITEM,..."),
+    "group without a label": (lambda f: [f["resnet-8"], "--group", f["plain-8"]], "not LABEL=ITEM,ITEM,..."),
+    "two layouts in a group": (
+        lambda f: [f["resnet-8"], "--group", f"a={f['resnet-8b']},{f['resnet-14']}"],
+        "error: the networks of group a have different layouts (7 and 13 layers, or other channels): a group is one",
+    ),
+    "one label twice": (
+        lambda f: [f["resnet-8"], f"resnet-8={f['plain-8']}"],
+        "error: two things to compare are called",
+    ),
+    "two sources": (
+        lambda f: [f["resnet-8"], f["plain-8"], "--source", "hooks", "batchnorm"],
+        "--source: one of hooks",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name, files, out, capsys):
+    words, message = BAD[name]
+    assert run("--source", "batchnorm", "--out", out, *words(files)) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
+    assert not out.exists() or list(out.iterdir()) == []
+
+
+def test_one_layer(tmp_path, out, capsys):
+    """There is a ratio, and no correlation."""
+    for name in ("a", "b"):
+        frame(tmp_path / f"{name}.csv", lambda f, name=name: f.iloc[:1].assign(network=name))
+    assert run(tmp_path / "a.csv", tmp_path / "b.csv", "--out", out) == 0
+    row = [line for line in capsys.readouterr().out.splitlines() if " vs " in line][1]
+    assert row.split()[-5:] == ["-", "-", "0.0000", "same", "numbers"]
