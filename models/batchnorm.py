@@ -83,7 +83,7 @@ def pair_by_name(state: Mapping[str, Tensor]) -> list[tuple[str, str, bool]]:
 
     A BN's convolution has as many channels and comes before it. By name it is the one called alike in the same module
     (conv2 and bn2 or norm2, conv and bn, 3 and 4 in a sequence); by order the last one with no BN between. The name
-    wins over the order. It is certain where both say the same, or where only one says anything within one module.
+    wins over the order. It is certain where both say the same, or where only one says anything and it is near.
     """
     convs: dict[str, int] = {}
     pairs: list[tuple[str, str, bool]] = []
@@ -99,10 +99,20 @@ def pair_by_name(state: Mapping[str, Tensor]) -> list[tuple[str, str, bool]]:
             chosen = named or ordered
             if chosen is not None:
                 alone = named is None or ordered is None
-                near = chosen.rpartition(".")[0].startswith(module.rpartition(".")[0])  # in BN's module, or inside it
-                pairs.append((chosen, module, near if alone else named == ordered))
+                pairs.append((chosen, module, is_near(chosen, module, state) if alone else named == ordered))
             last = None
     return pairs
+
+
+def is_near(conv: str, norm: str, state: Mapping[str, Tensor]) -> bool:
+    """Whether a convolution stands in the BN's module, or there in one without BNs or with a name like the BN's.
+
+    Else it may be the last of a pre-activation block, which feeds an addition whatever BN comes next in the file.
+    """
+    home = norm[: norm.rfind(".") + 1]  # with its dot
+    inner = home + conv.removeprefix(home).partition(".")[0]  # the convolution itself, or the module that it is in
+    norms = (key for key in state if key.startswith(f"{inner}.") and key.endswith(".running_var"))
+    return conv.startswith(home) and (inner in namesakes(norm) or not any(norms))
 
 
 def namesakes(norm: str) -> list[str]:

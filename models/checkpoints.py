@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from models.files import replacing, sha256
 from models.preprocess import PADDINGS, PER_PIXEL, PRESETS, Preprocessing, mean_image, per_pixel
-from models.recognition import FITS, Match, match_network, match_preprocessing
+from models.recognition import FITS, Match, label, match_network, match_preprocessing
 from models.resnet import BLOCKS, KINDS, SIZES, Config, ResNet
 from models.statedicts import EXPECTED, read, rename
 
@@ -77,8 +77,9 @@ def load(
     kind: `residual` or `plain`, and normalize: a name of `PRESETS` or `per-pixel`, win over the file's card. With
     images (N, 32, 32, 3) or (N, 224, 224, 3), uint8, what neither says is recognised, and all is checked against BN's
     statistics; without, a network that may be either kind is taken for residual, and one whose bottlenecks may have
-    their stride on either convolution for torchvision's. model: a network that takes the tensors, where it is none of
-    ours. ema: take the average of the weights that lies beside them. need_model: raise where the network is unknown.
+    their stride on either convolution for torchvision's, as also where images do not tell clearly. model: a network
+    that takes the tensors, where it is none of ours. ema: take the average of the weights that lies beside them.
+    need_model: raise where the network is unknown.
     Raises FileNotFoundError or ValueError, with the path, for a file that is not there, not a checkpoint, would run
     code, or holds another network.
     """
@@ -108,26 +109,21 @@ def load(
 def recognise(
     checkpoint: Checkpoint, models: list[nn.Module], normalisations: list[Preprocessing], images: np.ndarray
 ) -> Checkpoint:
-    """The checkpoint with what of the candidates fits the images (N, H, W, 3), and how well."""
-    small = images.shape[1:3] == (SIZES["cifar"],) * 2
+    """The checkpoint with what of the candidates fits the images (N, 32, 32, 3), and how well."""
+    if images.shape[1:3] != (SIZES["cifar"],) * 2:
+        return recognise_large(checkpoint, models, normalisations, images)
     how, padding = dict(checkpoint.how), checkpoint.crop_padding
     warnings: list[str] = []
-    matches: list[tuple[str, Match[Any]]] = []
-    if small:
-        candidates = normalisations or [*PRESETS.values(), per_pixel(mean_image(images))]
-        inputs = match_preprocessing(models[0], images, candidates, (padding,) if padding else PADDINGS)
-        preprocessing, padding = inputs.best
-        matches = [("preprocessing", inputs)]
-        if how["kind"] != "card":
-            matches.insert(0, ("kind", match_network(models, images, preprocessing, padding)))
-    else:  # random crops of random sizes, as ImageNet's training images: too few of them here to tell by
-        preprocessing = normalisations[0] if normalisations else PRESETS["imagenet"]
-        how["preprocessing"] = "assumed" if not normalisations else how["preprocessing"]
-        matches = [("kind", match_network(models, images, preprocessing, "none"))] if len(models) > 1 else []
+    candidates = normalisations or [*PRESETS.values(), per_pixel(mean_image(images))]
+    inputs = match_preprocessing(models[0], images, candidates, (padding,) if padding else PADDINGS)
+    preprocessing, padding = inputs.best
+    matches: list[tuple[str, Match[Any]]] = [("preprocessing", inputs)]
+    if how["kind"] != "card":
+        matches.insert(0, ("kind", match_network(models, images, preprocessing, padding)))
     for what, match in matches:
         known = how[what] if not how[what].startswith(("assumed", "unknown")) else "recognised"
         how[what] = f"{known}, {match.describe()}"
-        if small and not match.fits:
+        if not match.fits:
             warnings.append(f"no {what} fits: {match.describe()}, where a fit is below {FITS}")
     if warnings:
         warnings.append("the images, the preprocessing or the network are not those of the training")
@@ -137,17 +133,42 @@ def recognise(
     )
 
 
+def recognise_large(
+    checkpoint: Checkpoint, models: list[nn.Module], normalisations: list[Preprocessing], images: np.ndarray
+) -> Checkpoint:
+    """The checkpoint with that of several networks which fits the images (N, H, W, 3) clearly better than the others.
+
+    ImageNet's training images are crops of random sizes, and there are few images here: neither the preprocessing nor
+    the size of a misfit tells anything, and a small difference of misfits does not either.
+    """
+    how, model, warnings = dict(checkpoint.how), models[0], []
+    preprocessing = normalisations[0] if normalisations else PRESETS["imagenet"]
+    if not normalisations:
+        how["preprocessing"] = "assumed"
+    if len(models) > 1:
+        match = match_network(models, images, preprocessing, "none")
+        if match.clear:
+            model, how["kind"] = match.best, f"recognised, {match.describe()}"
+        else:
+            how["kind"] = f"{how['kind'].partition(':')[0]}: neither the tensors nor these images tell"
+            warnings.append(
+                f"BN's statistics do not tell which network it is: {label(match.best)}, {match.describe()}; "
+                f"taken for {label(model)}; --model builds the other"
+            )
+    return replace(checkpoint, model=model, preprocessing=preprocessing, how=how, warnings=warnings)
+
+
 def known_kind(models: list[nn.Module], card: dict[str, Any], kind: str | None, model: nn.Module | None) -> str:
     """How it is known which network the first of the candidates is, in words."""
     if model is not None:
         return "built by --model"
     if not models:
         return "unknown"
-    if kind or "kind" in card:
-        return "given" if kind else "card"
     config: Any = models[0].config
     if len(models) > 1 and config.images == "imagenet" and config.shortcut != "A":
         return f"assumed v1.5, stride on the {config.stride}: the tensors do not say; --data tells"
+    if kind or "kind" in card:
+        return "given" if kind else "card"
     return "shortcuts" if len(models) == 1 else "assumed"
 
 
@@ -213,9 +234,11 @@ def layout(state: dict[str, Tensor]) -> tuple[str, int]:
         if (stem, blocks, bottleneck) == (kernel, config.blocks, config.block.expansion > 1):
             return images, depth
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in list(state.items())[:4])
+    found = f"; blocks in its layers: {', '.join(map(str, blocks))}" if blocks else ""
     raise UnknownNetwork(
         "none of the paper's networks (CIFAR-10's: conv1 of 16 channels, layer1 to layer3 with as many blocks each; "
-        f"ImageNet's: conv1 of 64 channels, layer1 to layer4 as in Table 1); it has {len(state)} tensors: {shapes}, ..."
+        "ImageNet's: conv1 of 64 channels, layer1 to layer4 as in Table 1); "
+        f"it has {len(state)} tensors: {shapes}, ...{found}"
     )
 
 
@@ -227,7 +250,7 @@ def network(config: Config, state: dict[str, Tensor]) -> ResNet:
     for name, buffer in model.named_buffers():
         if name.endswith("num_batches_tracked"):  # old files do not have it
             buffer.zero_()
-    if faults := differences(model, state):
+    if faults := mismatches(model, state):
         raise UnknownNetwork(f"the tensors are not those of {config.name}: {faults}")
     model.load_state_dict(state, strict=False)
     return model.eval()
@@ -236,7 +259,7 @@ def network(config: Config, state: dict[str, Tensor]) -> ResNet:
 def adopt(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     """The user's network with the tensors of a state dict, in evaluation mode. ValueError unless all match."""
     stripped = state
-    while (faults := differences(model, stripped)) and (prefix := common_prefix(stripped)):
+    while (faults := mismatches(model, stripped)) and (prefix := common_prefix(stripped)):
         stripped = {name.removeprefix(prefix): tensor for name, tensor in stripped.items()}
     if faults:
         raise ValueError(f"the tensors are not those of the network that --model builds: {faults}")
@@ -250,7 +273,7 @@ def common_prefix(state: dict[str, Tensor]) -> str:
     return firsts.pop() if len(firsts) == 1 and "." in min(firsts) else ""
 
 
-def differences(model: nn.Module, state: dict[str, Tensor]) -> str:
+def mismatches(model: nn.Module, state: dict[str, Tensor]) -> str:
     """What keeps a network from taking the tensors of a state dict, in words; nothing where they match."""
     own = {name: t for name, t in model.state_dict().items() if not name.endswith("num_batches_tracked")}
     state = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import UnidentifiedImageError
 from PIL.Image import DecompressionBombError, DecompressionBombWarning, Image, Resampling, fromarray
 from PIL.Image import open as open_image
 
@@ -121,7 +122,8 @@ class ImageFolder:
             DecompressionBombError,
             DecompressionBombWarning,
         ) as error:
-            raise ValueError(f"{file}: damaged, too large or no image ({error}); remove it from the folder") from error
+            reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
+            raise ValueError(f"{file}: damaged, too large or no image ({reason}); remove it from the folder") from error
         self.digests[file] = hashlib.sha256(content).digest()
         return cropped
 

@@ -25,6 +25,7 @@ from models.preprocess import PADDINGS, Preprocessing, augment
 
 STEM_SAMPLE, SAMPLE = 1024, 256  # images for the first convolution alone and for a whole forward pass
 FITS = 0.15  # a misfit below this is a fit
+CLEAR = 0.5  # of the next best misfit: below this the best is not the best by chance
 
 Candidate = TypeVar("Candidate")
 
@@ -40,6 +41,12 @@ class Match(Generic[Candidate]):
     @property
     def fits(self) -> bool:
         return self.misfit < FITS
+
+    @property
+    def clear(self) -> bool:
+        """Whether the best is much better than the next; NaN is worse than any number."""
+        _, following = self.others[0]
+        return self.misfit < (math.inf if math.isnan(following) else CLEAR * following)
 
     def describe(self) -> str:
         """`misfit 0.05, next best 0.23 (cifar10, black padding)`."""
@@ -137,11 +144,11 @@ def statistics_misfit(model: nn.Module, x: Tensor) -> float:
     assert not model.training
     misfits: list[Tensor] = []
 
-    def compare(norm: Any, args: tuple[Tensor]) -> None:
+    def compare_statistics(norm: Any, args: tuple[Tensor]) -> None:
         variance = args[0].var(dim=(0, 2, 3), correction=0)  # (N, C, H, W) -> (C,)
         misfits.append(log_ratio(variance.mean(), norm.running_var.mean()))
 
-    handles = [norm.register_forward_pre_hook(compare) for norm in norms(model)]
+    handles = [norm.register_forward_pre_hook(compare_statistics) for norm in norms(model)]
     try:
         model(x)
     finally:

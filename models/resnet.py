@@ -37,6 +37,7 @@ SIZES = {"cifar": 32, "imagenet": 224}  # pixels on a side of the images
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}  # Table 1
 TABLE_1_DEPTHS = tuple(BLOCKS)  # resnet-50 means the ImageNet network; the CIFAR one is cifar-resnet-50
 BOTTLENECK_DEPTH = 50  # from here on blocks are bottlenecks
+MOST_CLASSES = 10**9  # sizes of tensors overflow beyond some 10^15
 OPTIONS = {
     "kind": tuple(KINDS.values()),
     "shortcut": ("A", "B", "C"),
@@ -123,8 +124,8 @@ def check(config: Config) -> None:
     for option, values in OPTIONS.items():
         if getattr(config, option) not in values:
             raise ValueError(f"unknown {option} {getattr(config, option)!r}: one of {', '.join(values)}")
-    if config.classes < 1:
-        raise ValueError(f"classes must be 1 or more, not {config.classes}")
+    if not 1 <= config.classes <= MOST_CLASSES:
+        raise ValueError(f"classes must be 1 to {MOST_CLASSES:,}, not {config.classes}")
     if config.images == "cifar":
         check_depth(config.depth)
     elif config.depth not in TABLE_1_DEPTHS:

@@ -10,6 +10,7 @@ Multiply-adds are those of convolutions and of the classifier, for one image, as
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from models.resnet import Config, ResNet
+
+LARGEST = 2**40  # values in an input; sizes of tensors overflow beyond
 
 
 @dataclass
@@ -32,8 +35,9 @@ class Row:
 
 def summarise(config: Config, shape: Sequence[int]) -> list[Row]:
     """The stages of a network for an input (N, 3, H, W), in forward order. ValueError for another input."""
-    if min(shape) < 1 or shape[1] != 3:
-        raise ValueError(f"an input is N 3 H W, each 1 or more, not {' '.join(map(str, shape))}")
+    if min(shape) < 1 or shape[1] != 3 or math.prod(shape) > LARGEST:
+        given = " ".join(map(str, shape))
+        raise ValueError(f"an input is N 3 H W, each 1 or more, {LARGEST:,} values at most, not {given}")
     with torch.device("meta"):  # shapes without numbers, so without memory
         network = ResNet(config).eval()
         x = torch.empty(*shape)

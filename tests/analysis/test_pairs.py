@@ -261,6 +261,20 @@ def test_several_inputs_and_a_part_of_the_network():
     assert pairs_of(record_of(network, forward=network.stem)) == [("stem.0", "stem.1")]
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")  # says an older torch
+def test_lazy_modules_before_their_first_pass():
+    """They become what they are, and another class, as the first batch runs."""
+    make = lambda: nn.Sequential(nn.LazyConv2d(5, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.LazyConv2d(4, 3))  # noqa: E731
+    record = record_of(make(), passes=2)
+    assert (pairs_of(record), record.unpaired) == ([("0", "1")], ["3"])
+    network, batches = make(), torch.randn(3, 2, 4, 8, 8).unbind()
+    frame = analysis.measure(network, batches)
+    assert list(zip(frame["name"], frame["norm"], frame["count"], strict=True)) == [("0", "1", 6 * 5 * 6 * 6)]
+    with torch.no_grad():
+        response = network.eval()[:2](torch.cat(batches)).double()
+    assert frame["std"][0] == pytest.approx(response.std(correction=0).item(), rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "layers"),
     [

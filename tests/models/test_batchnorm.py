@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from analysis import measure
-from models import build, closed_form
+from models import build, closed_form, load
 
 
 def randomise(network):
@@ -30,23 +30,40 @@ def test_the_formula_on_numbers_worked_out_by_hand():
 
 
 @torch.no_grad()
-def test_it_is_what_hooks_measure_where_bn_has_the_statistics_of_the_images():
-    network = randomise(build("resnet-14", shortcut="B")).double().eval()
-    x = torch.randn(32, 3, 32, 32, dtype=torch.float64)
+def adopt_statistics(network, x):
+    """Layer by layer, in forward order and in evaluation mode: each BN takes the statistics of its input."""
 
-    def adopt(norm, args):  # layer by layer, in forward order, in evaluation mode
+    def adopt(norm, args):
         norm.running_var, norm.running_mean = torch.var_mean(args[0], dim=(0, 2, 3), correction=0)
 
     handles = [m.register_forward_pre_hook(adopt) for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     network(x)
     for handle in handles:
         handle.remove()
-    formula, measured = closed_form(network), measure(network, [x])
-    assert len(formula) == 13
+
+
+def check_that_the_formula_is_exact(network, x):
+    network = network.double().eval()
+    adopt_statistics(network, x)
+    formula, measured = closed_form(network), measure(network, x.split(20))
     for column in ("layer", "name", "norm", "stage", "channels"):
         assert formula[column].tolist() == measured[column].tolist()
     for column in ("mean", "std", "within", "between"):
         assert formula[column].to_numpy() == pytest.approx(measured[column].to_numpy(), rel=1e-9, abs=1e-12)
+    return len(formula)
+
+
+@pytest.mark.parametrize(("name", "shortcut", "layers"), [("resnet-14", "B", 13), ("plain-8", None, 7)])
+def test_it_is_what_hooks_measure_where_bn_has_the_statistics_of_the_images(name, shortcut, layers):
+    network = randomise(build(name, shortcut=shortcut))
+    assert check_that_the_formula_is_exact(network, torch.randn(32, 3, 32, 32, dtype=torch.float64)) == layers
+
+
+@pytest.mark.parametrize("depth", [20, 56])
+def test_it_is_what_hooks_measure_of_the_public_checkpoints_with_such_statistics(depth, akamaster, real_test):
+    checkpoint = load(akamaster[depth], normalize="imagenet")
+    x = checkpoint.preprocessing(real_test.images[:50]).double()
+    assert check_that_the_formula_is_exact(checkpoint.model, x) == depth - 1
 
 
 def test_a_state_dict_gives_the_same_as_its_network():
@@ -100,11 +117,28 @@ def test_a_pre_activation_network_is_called_ambiguous():
     assert names(nn.Sequential(*blocks).state_dict()) == (
         [("0.conv1", "0.bn2"), ("0.conv2", "1.bn1"), ("1.conv1", "1.bn2")], ["0.conv2 -> 1.bn1"]
     )  # fmt: skip
+    for stage in (blocks[0], module(last=blocks[0])):
+        whole = module(layer=stage, bn=nn.BatchNorm2d(4))
+        found, ambiguous = names(whole.state_dict())
+        assert [f"{conv} -> {norm}" for conv, norm in found[1:]] == ambiguous  # the last BN, outside of all blocks
+        assert ambiguous[0].endswith(".conv2 -> bn")
+
+
+def test_a_module_whose_name_begins_like_the_bns_is_another():
+    state = module(stem1=module(conv=conv(3, 4)), stem=module(bn=nn.BatchNorm2d(4))).state_dict()
+    assert names(state) == ([("stem1.conv", "stem.bn")], ["stem1.conv -> stem.bn"])
 
 
 def test_a_convolution_in_a_wrapper_of_its_own():
     state = module(conv1=module(conv=conv(3, 4)), bn1=nn.BatchNorm2d(4)).state_dict()
     assert names(state) == ([("conv1.conv", "bn1")], [])
+
+
+def test_a_stem_of_three_convolutions():
+    """timm's resnet50d: conv1 is a sequence with BNs of its own, and bn1 comes after it."""
+    stem = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), nn.ReLU(), conv(4, 4))
+    state = module(conv1=stem, bn1=nn.BatchNorm2d(4)).state_dict()
+    assert names(state) == ([("conv1.0", "conv1.1"), ("conv1.3", "bn1")], [])
 
 
 def test_other_channels_are_no_pair():
@@ -130,7 +164,5 @@ def test_nothing_to_compute_names_the_keys():
 
 
 def test_the_public_checkpoints(akamaster):
-    from models import load
-
     means = [closed_form(load(akamaster[depth]).model)["std"].mean() for depth in (20, 56)]
     assert means == pytest.approx([0.7318, 0.4536], abs=5e-5)

@@ -208,11 +208,15 @@ BAD = {
                       "many blocks each; ImageNet's: conv1 of 64 channels, layer1 to layer4 as in Table 1); it has 2 "
                       "tensors: weight (3, 2), bias (3,), ...; --model FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION "
                       "builds any other network, --source batchnorm needs none"),
+    "other blocks": (lambda p, n: save_as("a.pt")(p, changed(n, layer2__1__conv1__weight=torch.zeros(3))),
+                     "bn1.weight (16,), bn1.bias (16,), bn1.running_mean (16,), ...; blocks in its layers: 1, 2, 1; "
+                     "--model FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION builds any other network"),
     "missing": (lambda p, n: save_as("a.pt")(p, changed(n, bn1__bias=None)),
                 "a.pt: the tensors are not those of resnet-8: bn1.bias is missing"),
     "extra": (lambda p, n: save_as("a.pt")(p, changed(n, bn9__bias=torch.zeros(1))), "bn9.bias is too many"),
     "shape": (lambda p, n: save_as("a.pt")(p, changed(n, bn1__bias=torch.zeros(3))),
-              "bn1.bias has shape (3,) in place of (16,)"),
+              "bn1.bias has shape (3,) in place of (16,); --model FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION builds "
+              "any other network, --source batchnorm needs none"),
     "many": (lambda p, n: save_as("a.pt")(p, {k: v for k, v in n.state_dict().items() if "bias" not in k}),
              "bn1.bias is missing, layer1.0.bn1.bias is missing, layer1.0.bn2.bias is missing, and 5 more"),
     "NaN": (nan_weights, "a.pt: NaN or infinity in layer1.0.conv1.weight: the training diverged, or the file is "
@@ -227,6 +231,14 @@ def test_bad_input(write, message, tmp_path, network):
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize("name", ["bn1.bias", "fc.weight"])
+def test_where_none_is_needed_a_file_gives_its_tensors_alone(name, tmp_path, network):
+    state = network.state_dict() | {name: torch.zeros(3)}
+    found = load(save_as("a.pt")(tmp_path, state), need_model=False)
+    assert (found.model, found.config, found.how["kind"]) == (None, None, "unknown")
+    assert list(found.state) == list(state)
 
 
 def test_a_network_with_projections_is_not_plain(tmp_path, network):

@@ -103,6 +103,14 @@ def test_the_best_is_the_smallest_and_nan_is_the_worst():
     assert best_of([("a", "A", 0.1)]).describe() == "misfit 0.10"
 
 
+@pytest.mark.parametrize(
+    ("misfits", "clear"),
+    [((0.1, 0.21), True), ((0.1, 0.19), False), ((0.1, float("nan")), True), ((float("nan"),) * 2, False)],
+)
+def test_the_best_is_clear_where_it_is_twice_as_good(misfits, clear):
+    assert best_of([("a", "A", misfits[0]), ("b", "B", misfits[1])]).clear == clear
+
+
 def test_samples_are_spread_evenly():
     images = np.arange(10_000)
     assert sample(images, 4).tolist() == [0, 3333, 6666, 9999]

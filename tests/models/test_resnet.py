@@ -77,7 +77,8 @@ def test_a_name_that_does_not_exist(name, message):
         (Config("dense", 20), "unknown kind 'dense': one of residual, plain"),
         (Config("residual", 20, shortcut="D"), "unknown shortcut 'D': one of A, B, C"),
         (Config("residual", 20, padding="before"), "unknown padding 'before': one of both, after"),
-        (Config("residual", 20, classes=0), "classes must be 1 or more, not 0"),
+        (Config("residual", 20, classes=0), "classes must be 1 to 1,000,000,000, not 0"),
+        (Config("residual", 20, classes=10**23), "classes must be 1 to 1,000,000,000, not 1000000"),
         (Config("residual", 20, stride="5x5"), "unknown stride '5x5': one of 1x1, 3x3"),
         (Config("residual", 20, images="mnist"), "unknown images 'mnist': one of cifar, imagenet"),
         (Config("residual", 19), "the nearest are 14 and 20"),
@@ -205,7 +206,7 @@ def test_the_table_of_resnet_34(capsys):
         "layer1           (5, 64, 56, 56)       221,952              693,633,024",
         "layer2           (5, 128, 28, 28)    1,116,416              873,463,808",
         "layer3           (5, 256, 14, 14)    6,822,400            1,335,885,824",
-        "layer4           (5, 512, 7, 7)     13,114,368              641,990,656",
+        "layer4           (5, 512, 7, 7)     13,114,368              642,252,800",
         "average pooling  (5, 512, 1, 1)",
         "flatten          (5, 512)",
         "fc               (5, 1000)             513,000                  512,000",
@@ -224,4 +225,19 @@ def test_options_of_the_command(capsys):
         "error: no CIFAR-10 network has 21 layers: a depth is 6n + 2; the nearest are 20 and 26\n"
     )
     assert main(["resnet-20", "--input", "1", "4", "32", "32"]) == 2
-    assert capsys.readouterr().err == "error: an input is N 3 H W, each 1 or more, not 1 4 32 32\n"
+    allowed = "an input is N 3 H W, each 1 or more, 1,099,511,627,776 values at most"
+    assert capsys.readouterr().err == f"error: {allowed}, not 1 4 32 32\n"
+
+
+@pytest.mark.parametrize("name", ["resnet-20", "plain-110", *(f"resnet-{depth}" for depth in TABLE_1), "plain-18"])
+def test_the_table_of_any_network(name, capsys):
+    assert main([name]) == 0
+    title, _, *rows = capsys.readouterr().out.splitlines()
+    config = parse_name(name)
+    assert title == f"{name}, input {(1, 3, 224, 224) if config.images == 'imagenet' else (1, 3, 32, 32)}"
+    stages = [f"layer{number}" for number in range(1, len(config.blocks) + 1)]
+    stem = ["conv1", "maxpool"] if config.images == "imagenet" else ["conv1"]
+    assert [row[:17].strip() for row in rows] == [*stem, *stages, "average pooling", "flatten", "fc", "total"]
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build(name).parameters())
+    assert rows[-1].split()[1] == f"{parameters:,}"

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from models import build, load
+from models import build, checkpoints, load
+from models.preprocess import PRESETS
 from models.statedicts import read, rename
 
 
@@ -55,6 +56,7 @@ LAYOUTS = {
     "activation checkpointing": lambda s, o: {
         name.replace("layer2.0.", "layer2.0._checkpoint_wrapped_module."): t for name, t in s.items()
     },
+    "compiled blocks": lambda s, o: {name.replace("layer2.0.", "layer2.0._orig_mod."): t for name, t in s.items()},
     "DDP, compiled": lambda s, o: {"model_state_dict": prefixed("module._orig_mod.", s)},
     "compiled, DDP": lambda s, o: {"model_state": prefixed("_orig_mod.module.", s)},
     "nested": lambda s, o: {"checkpoint": 1, "model": {"module": s}},
@@ -98,6 +100,12 @@ def test_torchs_averaged_model(network, tmp_path):
     averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     torch.save(averaged.state_dict(), tmp_path / "a.pth")
     assert same(read(tmp_path / "a.pth")[0], network)
+
+
+def test_torchs_averaged_model_of_another_network(tmp_path):
+    other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    torch.save(AveragedModel(other).state_dict(), tmp_path / "a.pth")
+    assert same(read(tmp_path / "a.pth")[0], other)
 
 
 def test_data_parallel_itself(network, tmp_path):
@@ -151,9 +159,18 @@ def test_torchvisions_basic_networks(depth, tmp_path):
 
 def test_torchvisions_bottlenecks_are_taken_for_v1_5(tmp_path):
     torch.save(build("resnet-50").state_dict(), tmp_path / "resnet50.pth")
-    found = load(tmp_path / "resnet50.pth")
-    assert (found.config.name, found.config.stride) == ("resnet-50", "3x3")
-    assert found.how["kind"] == "assumed v1.5, stride on the 3x3: the tensors do not say; --data tells"
+    for kind in (None, "residual"):
+        found = load(tmp_path / "resnet50.pth", kind=kind)
+        assert (found.config.name, found.config.stride) == ("resnet-50", "3x3")
+        assert found.how["kind"] == "assumed v1.5, stride on the 3x3: the tensors do not say; --data tells"
+
+
+def test_a_card_says_where_the_stride_is(tmp_path):
+    checkpoints.save(
+        tmp_path / "a.safetensors", build("resnet-50"), PRESETS["imagenet"], crop_padding="none", training={}
+    )
+    found = load(tmp_path / "a.safetensors")
+    assert (found.config.stride, found.how["kind"]) == ("1x1", "card")
 
 
 def test_old_files_without_counters(network, tmp_path):

@@ -65,6 +65,8 @@ def test_all_parameters_are_counted(depth):
     assert sum(row.parameters for row in rows) == sum(p.numel() for p in build(f"resnet-{depth}").parameters())
 
 
-def test_an_input_without_three_channels():
-    with pytest.raises(ValueError, match="an input is N 3 H W, each 1 or more, not 1 1 32 32"):
-        summarise(parse_name("resnet-20"), (1, 1, 32, 32))
+@pytest.mark.parametrize("shape", [(1, 1, 32, 32), (0, 3, 32, 32), (1, 3, 32, 10**20), (10**9, 3, 10**9, 1)])
+def test_an_input_that_is_none(shape):
+    allowed = "an input is N 3 H W, each 1 or more, 1,099,511,627,776 values at most"
+    with pytest.raises(ValueError, match=f"^{allowed}, not {' '.join(map(str, shape))}$"):
+        summarise(parse_name("resnet-20"), shape)
