@@ -1,25 +1,27 @@
-"""Measuring the responses of a network's layers: `measure(model, batches)` and the commands of this package."""
+"""Measuring the responses of a network's layers, comparing what was measured, and the commands of this package."""
 
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from analysis.differences import compare_frames
     from analysis.hooks import measure
 
-__all__ = ["measure"]
+__all__ = ["compare_frames", "measure"]
+
+HOMES = {"compare_frames": "analysis.differences", "measure": "analysis.hooks"}
 
 
 def __getattr__(name: str) -> Any:
     """Import torch when it is needed: it takes seconds, and --help does without."""
-    if name == "measure":
-        from analysis.hooks import measure
-
-        return measure
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(HOMES[name]), name)
 
 
 def pin(name: str) -> None:

@@ -208,7 +208,7 @@ def measure_job(job: Job, repeats: int) -> list[dict[str, Any]]:
     return [
         facts
         | {"way": way, "note": notes[way]}
-        | (summary(way, seconds, peaks, stds, exact, job) if way in ways else {})
+        | (summarise(way, seconds, peaks, stds, exact, job) if way in ways else {})
         for way in WAYS
     ]
 
@@ -218,7 +218,7 @@ def layer_error(stds: list[float], exact: list[float]) -> float | None:
     return max((abs(std / true - 1) for std, true in zip(stds, exact, strict=True)), default=None) if stds else None
 
 
-def summary(
+def summarise(
     way: str, seconds: dict[str, list[float]], peaks: dict[str, float], stds: dict[str, list[float]],
     exact: list[float], job: Job,
 ) -> dict[str, Any]:  # fmt: skip

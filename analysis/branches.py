@@ -3,7 +3,7 @@
     from analysis.branches import recording_blocks
     with recording_blocks(model) as record:
         frame = analysis.measure(model, batches)
-    blocks = record.frame("resnet-56")  # from the same forward passes
+    blocks = record.to_frame("resnet-56")  # from the same forward passes
 
 A residual block adds two things: its branch, the output of its last BN, and what the shortcut gives. Both are reduced
 inside the hook to streamed moments; nothing is stored.
@@ -49,7 +49,7 @@ class Blocks:
 
     blocks: list[Block] = field(default_factory=list)
 
-    def frame(self, network: str) -> pd.DataFrame:
+    def to_frame(self, network: str) -> pd.DataFrame:
         """One row a block: network, block (1-based), name, stage, branch_std, shortcut_std and ratio.
 
         stage: 1-based; a new one begins where the size of the maps changes. ratio: branch_std over shortcut_std, empty

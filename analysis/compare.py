@@ -152,8 +152,8 @@ def describe_frames(entries: Sequence[Entry]) -> dict[str, Any]:
     from models.files import sha256
 
     files: dict[str, Any] = {}
-    for frame in (frame for entry in entries for frame in entry.frames if "path" in frame.attrs):
-        path = frame.attrs.pop("path")
+    for frame in (frame for entry in entries for frame in entry.frames if "csv" in frame.attrs):
+        path = frame.attrs.pop("csv")
         file = files.setdefault(str(path), {"sha256": sha256(path), "networks": []})
         file["networks"].append(str(frame["network"].iloc[0]))
     return files
@@ -224,7 +224,7 @@ def read_frames(path: Path) -> dict[str, pd.DataFrame]:
             raise ValueError(
                 f"{path}: the layers of {label} are not 1 to {len(layers)}: rows are missing, or were added"
             )
-        layers.attrs["path"] = path
+        layers.attrs["csv"] = path
         networks[label] = layers
     wrong = ~np.isclose(numbers[:, 1] ** 2, numbers[:, 2] ** 2 + numbers[:, 3] ** 2, rtol=1e-6)
     if wrong.any():

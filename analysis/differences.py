@@ -33,6 +33,11 @@ def compare_frames(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     (i - 0.5) / n, and the deeper network's curve is interpolated linearly at the positions of the shallower one's
     layers. Columns: first, second (labels), layer, name and stage (of the shallower), position (0 to 1), std_first,
     std_second, difference (second - first). ValueError for an empty frame, or one of several networks or sources.
+
+    >>> first = pd.DataFrame({"layer": [1, 2], "name": ["a", "b"], "stage": 1, "channels": 4, "std": [1.0, 3.0]})
+    >>> second = first.assign(network="second", source="hooks", std=[1.5, 2.0])
+    >>> compare_frames(first.assign(network="first", source="hooks"), second)["difference"].tolist()
+    [0.5, -1.0]
     """
     curves = [check_single(frame).sort_values("layer") for frame in (first, second)]
     base = min(curves, key=len)

@@ -205,7 +205,7 @@ def fold(model: nn.Module, record: Recording, batch: Any, run: Run) -> Folded:
             few = first_images(batch)
             with watching(twin) as watched, recording(twin, record.kernel_size, grouped=record.grouped) as proof:
                 expected = run(twin, few)
-            folded = Folded(twin, watched.pairs(proof.layers), proof.layers, run)
+            folded = Folded(twin, watched.foldable(proof.layers), proof.layers, run)
             if steps(proof.layers) != steps(record.layers):
                 raise NotFolded("a copy of it runs other layers")
             compare_networks(folded, few, expected)
@@ -269,7 +269,7 @@ class Watch:
             if x._version == version:
                 self.fed.append((conv, norm))
 
-    def pairs(self, layers: list[Layer]) -> list[Pair]:
+    def foldable(self, layers: list[Layer]) -> list[Pair]:
         """The pairs that can be folded. Raises NotFolded where a layer that is measured is not among them."""
         positions = {(layer.name, layer.norm): position for position, layer in enumerate(layers)}
         pairs = []

@@ -22,7 +22,7 @@ from torch import nn
 from analysis.folding import Doubt, Folded, NotFolded, fold, obstacle
 from analysis.frame import make_frame
 from analysis.pairs import Layer, Recording, is_wrapper, recording
-from analysis.running import compare, count_images, device_of, run
+from analysis.running import compare_labels, count_images, device_of, run
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -76,6 +76,12 @@ def measure(
     share of labels hit, or None: labels are the second of two, or `labels` in a dict; logits are the output, the first
     tensor of a tuple, or `logits` or `out` in a dict. Raises ValueError where there are no images, no pairs of
     convolution and BN, or where a response holds NaN or infinity.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    >>> frame = measure(model, torch.randn(2, 16, 3, 32, 32), network="mine")  # two batches
+    >>> print(frame[["network", "name", "norm", "channels", "height", "images", "count"]].to_string(index=False))
+    network name norm  channels  height  images  count
+       mine    0    1         8      30      32 230400
     """
     options: dict[str, Any] = {"kernel_size": kernel_size, "grouped": grouped, "forward": forward}
     with (
@@ -84,7 +90,7 @@ def measure(
     ):
         for batch in stream:
             progress(measurement.add(batch))
-    return measurement.result().frame(network)
+    return measurement.result().to_frame(network)
 
 
 @contextmanager
@@ -101,7 +107,7 @@ def measuring(
     with measuring(first) as a, measuring(second) as b:  # several networks on the same batches
         for batch in batches:
             a.add(batch), b.add(batch)
-    frame = a.result().frame("first")
+    frame = a.result().to_frame("first")
     """
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: one of {', '.join(PRECISIONS)}")
@@ -138,7 +144,7 @@ class Measurement:
         """Measure one batch. Returns the number of its images."""
         images = count_images(batch)
         with self.autocast:
-            hits = compare(self.output(batch), batch)
+            hits = compare_labels(self.output(batch), batch)
         self.images += images
         self.labelled += len(hits)
         self.correct += int(hits.sum())
@@ -229,7 +235,7 @@ class Result:
             path=other.path if self.path == "folded" else self.path,
         )
 
-    def frame(self, network: str) -> pd.DataFrame:
+    def to_frame(self, network: str) -> pd.DataFrame:
         """The frame, with unpaired, accuracy and path in its attrs (see `measure`). ValueError for no images."""
         if self.images == 0:
             raise ValueError("no images: there is nothing to measure")

@@ -214,7 +214,7 @@ def announce(network: Network, data: Cifar10 | ImageFolder | None) -> None:
 def trained(checkpoint: Checkpoint) -> int | None:
     """For how many iterations, where the file has a card of our trainer that says so."""
     training = checkpoint.card.get("training")
-    iterations = training.get("iterations") if isinstance(training, dict) else None
+    iterations = training.get("iteration", training.get("iterations")) if isinstance(training, dict) else None
     return iterations if isinstance(iterations, int) else None
 
 

@@ -44,7 +44,7 @@ def count_images(batch: Any) -> int:
     return len(first)
 
 
-def compare(output: Any, batch: Any) -> Tensor:
+def compare_labels(output: Any, batch: Any) -> Tensor:
     """Whether each label is hit (n,); no values where there are no labels, or no logits (N, classes, ...) for them."""
     logits, labels = logits_of(output), labels_of(batch)
     if logits is None or logits.dim() < 2 or labels is None or labels.is_floating_point():

@@ -101,9 +101,10 @@ def measure_on(args: argparse.Namespace, networks: list[Network], data: Cifar10 
 
     device = device_of(args)
     first, end = part_of(args.images or len(data))
+    total = (end - first) * len(networks)
     silent = True if rank() else None  # None: where stderr is no terminal
     with together(), ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=end - first, unit=" images", leave=False, disable=silent))
+        bar = stack.enter_context(tqdm(total=total, unit=" images", leave=False, disable=silent))
         measurements = []
         for network in networks:
             measurements.append(stack.enter_context(measuring(network.model.to(device), precision=args.precision)))
@@ -111,8 +112,7 @@ def measure_on(args: argparse.Namespace, networks: list[Network], data: Cifar10 
         for batches in stack.enter_context(closing(stream)):
             for network, measurement, batch in zip(networks, measurements, batches, strict=True):
                 with named(network):
-                    images = measurement.add(batch)
-            bar.update(images)
+                    bar.update(measurement.add(batch))
     results = [measurement.result() for measurement in measurements]
     parts = exchange((results, getattr(data, "digests", {})))
     for _, digests in parts:
@@ -120,7 +120,7 @@ def measure_on(args: argparse.Namespace, networks: list[Network], data: Cifar10 
     frames = []
     for network, *others in zip(networks, *(results for results, _ in parts), strict=True):
         with named(network):
-            frames.append(reduce(Result.merge, others).frame(network.label))
+            frames.append(reduce(Result.merge, others).to_frame(network.label))
     return frames
 
 
@@ -172,7 +172,7 @@ def measure_blocks(args: argparse.Namespace, plan: Plan) -> pd.DataFrame | None:
         for batches in make_batches(args, plan.data, plan.networks, 0, total):
             for network, batch in zip(plan.networks, batches, strict=True):
                 run(network.model, batch)
-    return pd.concat([record.frame(network.label) for record, network in zip(records, plan.networks, strict=True)])
+    return pd.concat([record.to_frame(network.label) for record, network in zip(records, plan.networks, strict=True)])
 
 
 def classes(network: Network) -> int | None:

@@ -27,6 +27,13 @@ def draw_compare(curves: pd.DataFrame, differences: Sequence[pd.DataFrame]) -> F
     stage, std. A group is drawn as its mean, with a band from the smallest to the largest of its networks. differences:
     of the first entry and each other one, columns first, second, layer, position (0 to 1), difference, stage. Where
     the depths differ, layers are at their relative depth. Returns a figure that belongs to no window.
+
+    >>> parts = [pd.DataFrame({"entry": entry, "std": std}) for entry, std in (("a", [1.0, 2.0]), ("b", [1.5, 1.0]))]
+    >>> curves = pd.concat([part.assign(layer=[1, 2], stage=1, member=0, kind="other", depth=None) for part in parts])
+    >>> differences = pd.DataFrame({"first": "a", "second": "b", "layer": [1, 2], "difference": [0.5, -1.0]})
+    >>> figure = draw_compare(curves, [differences.assign(position=[0.25, 0.75], stage=1)])
+    >>> [len(panel.lines) for panel in figure.axes]  # two curves in each order; zero and the difference
+    [2, 2, 2]
     """
     look = looks(curves)
     relative = len(set(curves.groupby(["entry", "member"])["layer"].max())) > 1
@@ -126,8 +133,16 @@ def draw_stages(curves: pd.DataFrame) -> Figure:
         handles = [
             mpl.lines.Line2D([], [], color=colors[entry], marker="o", linestyle="", markersize=4) for entry in order
         ]
-        figure.legend(
+        owners = {mpl.colors.to_hex(colors[entry]): entry for entry in order}
+        for points in panel.collections:  # of one stage and network; without a colour where there are none
+            for color in np.asarray(points.get_facecolor())[:1]:
+                mark(points, owners[mpl.colors.to_hex(color)])
+        for entry, handle, medians in zip(order, handles, panel.lines, strict=True):
+            mark(handle, entry)
+            mark(medians, entry)
+        legend = figure.legend(
             handles, [look[entry]["label"] for entry in order], loc="outside upper center", ncols=min(len(order), 5),
             frameon=False,
         )  # fmt: skip
+        mark_legend(legend, handles)
     return figure

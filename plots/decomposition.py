@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from plots.compare import PAGE
 from plots.fig7 import STEEP
+from plots.marks import mark
 from plots.style import RC, WIDTH, display_name
 
 WITHIN = "within²: the channels' spread (\N{GREEK SMALL LETTER GAMMA})"
@@ -49,6 +50,7 @@ def draw_decomposition(frame: pd.DataFrame) -> Figure:
         panels = figure.subplots(rows, columns, squeeze=False).flat
         for panel, (network, layers), top in zip(panels, networks, tops, strict=False):
             draw_stack(panel, layers)
+            mark_layers(panel, network, layers)
             panel.set_title(display_name(network), fontsize=8, pad=3)
             panel.set_ylim(0, 1.05 * max(top, common))
         for panel in figure.axes[len(networks) :]:
@@ -63,6 +65,13 @@ def draw_decomposition(frame: pd.DataFrame) -> Figure:
 def first_source(rows: pd.DataFrame) -> pd.DataFrame:
     """The layers of a network in order, from the source that its rows begin with."""
     return rows[rows["source"] == rows["source"].iloc[0]].sort_values("layer")
+
+
+def mark_layers(panel: Axes, network: str, layers: pd.DataFrame) -> None:
+    """Let a page switch the panel with its network, and show a layer's numbers at its upper edge."""
+    mark(panel, network)
+    [line] = panel.plot(layers["layer"], layers["std"] ** 2, linestyle="")
+    mark(line, network, layers["layer"])
 
 
 def draw_stack(panel: Axes, layers: pd.DataFrame) -> None:

@@ -37,6 +37,11 @@ def draw_fig7(frame: pd.DataFrame, paper: pd.DataFrame | None = None, note: str 
     holds both sources, the closed form is dotted. paper: columns kind, depth, layer, std; its curves are drawn behind,
     thin and pale, where the frame has a network of that kind and depth. note: stands below the figure. Returns a figure
     that belongs to no window. Raises ValueError for an empty frame.
+
+    >>> frame = pd.DataFrame({"layer": [1, 2, 3], "std": [0.5, 1.5, 1.0], "source": "hooks"})
+    >>> figure = draw_fig7(frame.assign(network="plain-8", kind="plain", depth=8))
+    >>> [panel.lines[0].get_ydata().tolist() for panel in figure.axes]
+    [[0.5, 1.5, 1.0], [1.5, 1.0, 0.5]]
     """
     if frame.empty:
         raise ValueError("an empty frame: there is nothing to draw")

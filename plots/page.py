@@ -30,7 +30,7 @@ from plots.marks import Mark, marked
 from plots.style import RC
 
 FIRST = (  # the columns to be read first
-    *("network", "member", "iteration", "layer"),
+    *("network", "member", "iteration", "lr", "layer"),
     *("std", "within", "between", "difference", "stage", "name", "source"),
 )
 NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")  # characters that no XML may hold

@@ -27,7 +27,7 @@ def network(name, **options):
 def measured(model, *batches):
     with recording_blocks(model) as record:
         analysis.measure(model, batches or [X])
-    return record.frame("mine")
+    return record.to_frame("mine")
 
 
 def hooks_of(model):
@@ -128,14 +128,14 @@ def test_no_images_and_no_numbers():
     with recording_blocks(model) as record:
         pass
     with pytest.raises(ValueError, match=r"^no image went through layer1\.0: there is nothing to measure$"):
-        record.frame("mine")
+        record.to_frame("mine")
     with torch.no_grad():
         model.layer3[0].bn2.weight.fill_(torch.inf)
     with recording_blocks(model) as record:
         model(X)
     message = r"^NaN or infinity in the branch of layer3\.0: look at the weights and at the images$"
     with pytest.raises(ValueError, match=message):
-        record.frame("mine")
+        record.to_frame("mine")
 
 
 def test_a_constant_shortcut_has_no_ratio():

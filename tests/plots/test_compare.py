@@ -80,3 +80,6 @@ def test_stages():
     assert drawn == pytest.approx(sorted([1, 4, 2, 3, 2, 2, 2, 1, 5, 5, 5, 5]))
     medians = {float(y) for line in panel.lines for y in line.get_ydata()}
     assert medians >= {2.5, 3.5}  # a: of 1 4, of 2 3; b: of 2 2 5 5, of 2 1 5 5
+    shown = [(type(artist).__name__, mark.network) for artist, mark in marked(figure)]
+    assert shown.count(("PathCollection", "a")) == shown.count(("PathCollection", "b")) == 2  # one a stage
+    assert shown.count(("Text", "b")) == 1

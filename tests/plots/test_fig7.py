@@ -128,9 +128,10 @@ def test_the_width_is_a_column():
 
 
 def test_the_callers_style_is_left_alone():
-    before = dict(mpl.rcParams)
-    draw_fig7(FRAME)
-    assert dict(mpl.rcParams) == before
+    with mpl.rc_context({"font.size": 13}):
+        before = dict(mpl.rcParams)
+        draw_fig7(FRAME)
+        assert dict(mpl.rcParams) == before
 
 
 def test_one_layer_and_an_empty_frame():

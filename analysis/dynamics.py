@@ -1,0 +1,250 @@
+"""Responses through training: every snapshot of a run, as a frame, a figure and a table.
+
+    python -m analysis.dynamics runs/resnet-20-64000-seed0
+    python -m analysis.dynamics runs/resnet-20-64000-seed0 --source hooks --data path/to/cifar10
+
+takes the folder of a run that python -m models.train made, finished or not. It writes dynamics.csv (the frame of
+analysis/frame.py for each snapshot, with its iteration and learning rate), dynamics.json (where the numbers come from)
+and dynamics.png/.pdf into --out. The closed form needs no images and takes seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from analysis.inputs import Found, Network, Plan, add_options, check_folder, check_options
+from analysis.outputs import (
+    add_page_option,
+    as_csv,
+    as_images,
+    as_json,
+    as_page,
+    describe_network,
+    finish,
+    write_files,
+)
+from analysis.processes import together
+
+if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help does without
+    import pandas as pd
+
+    from models.checkpoints import Checkpoint
+    from models.recipe import Recipe
+
+CONFIG, METRICS = "config.json", "metrics.csv"  # in a run's folder
+CAPTION = "Std of the responses, layer by layer, and its mean, with the steps of the learning rate"
+A_RUN = "a run is a folder that python -m models.train makes, such as runs/resnet-20-64000-seed0"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.dynamics",
+        description="Draw the layer responses of a network through its training, from the snapshots of a run.",
+        conflict_handler="resolve",  # --source has another default here, and one value
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run of python -m models.train")
+    add_options(parser)
+    parser.add_argument("--source", nargs=1, choices=("batchnorm", "hooks"), default=["batchnorm"], help="compute from "
+        "BN's tensors alone (the default), or measure on images")  # fmt: skip
+    add_page_option(parser)
+    args = parser.parse_args(argv)
+    check_options(parser, args)
+    return finish(run, args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Read, measure, print and write. Raises ValueError or OSError, with what to do, for bad input."""
+    import pandas as pd
+
+    from analysis.sources import measure_all
+    from plots import draw_dynamics
+
+    with together():
+        recipe = read_config(args.run)
+        epochs = read_metrics(args.run)
+        check_folder(args.out)
+        plan = read_snapshots(args, recipe)
+    frames = measure_all(args, plan)
+    frame = make_table(plan, frames)
+    known = pd.concat([frame[["iteration", "lr"]], epochs[["iteration", "lr"]]]).sort_values("iteration")
+    figure = draw_dynamics(frame, epochs, find_steps(recipe, list(known.itertuples(index=False))))
+    provenance = describe_run(args, plan, frames)
+    files = {"dynamics.csv": as_csv(frame), "dynamics.json": as_json(provenance)}
+    files |= as_images("dynamics", figure, args.format)
+    if args.html:
+        title = f"Layer responses of {recipe.network} through training"
+        files |= as_page("dynamics", title, [(CAPTION, figure)], frame, provenance)
+    written = write_files(args.out, files)
+    print_table(frame)
+    print(written)
+
+
+def read_config(folder: Path) -> Recipe:
+    """The recipe of the run in a folder."""
+    from models.recipe import Recipe
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; {A_RUN}")
+    path = folder / CONFIG
+    if not path.exists():
+        raise FileNotFoundError(f"{folder}: no {CONFIG} in it; {A_RUN}")
+    try:
+        return Recipe(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged ({error}); restore it: a snapshot's card holds the same values") from error
+
+
+def read_metrics(folder: Path) -> pd.DataFrame:
+    """The epochs of the run in a folder: columns iteration, lr, mean_std; no rows where there are none yet."""
+    import numpy as np
+    import pandas as pd
+
+    columns = ["iteration", "lr", "mean_std"]
+    path = folder / METRICS
+    if not path.exists():
+        return pd.DataFrame(columns=columns, dtype=float)
+    try:
+        epochs = pd.read_csv(path)
+        if missing := [column for column in columns if column not in epochs]:
+            raise ValueError(f"no column {missing[0]}")
+        epochs = epochs[columns].astype(float)
+        if not np.isfinite(epochs).all(axis=None) or not (epochs["iteration"].diff()[1:] > 0).all():
+            raise ValueError("the iterations do not ascend, or not all numbers are finite")
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}); move it away, and the snapshots are drawn without it") from error
+    return epochs
+
+
+def read_snapshots(args: argparse.Namespace, recipe: Recipe) -> Plan:
+    """The snapshots in the order of their iterations, and images, where they are to be measured on some.
+
+    Their cards say which networks they hold, and their preprocessing. Whether that fits what BN recorded, as other
+    commands look, is not asked: early in training BN's moving averages lag behind the weights.
+    """
+    from analysis.inputs import find_data, load_checkpoint
+
+    folder = args.run / "snapshots"
+    paths = sorted(folder.glob("iteration-*.safetensors"))
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no snapshots; python -m models.train --snapshots 9 makes a run with some")
+    checkpoints = [load_checkpoint(args, Found(None, path), None) for path in paths]
+    for checkpoint in checkpoints:
+        check_snapshot(checkpoint, recipe)
+    checkpoints.sort(key=lambda checkpoint: training_card(checkpoint)["iteration"])
+    check_order(checkpoints)
+    if args.source == ["hooks"]:
+        checkpoints = leave_out_first(checkpoints, folder)
+    data = find_data(args, checkpoints)
+    last = training_card(checkpoints[-1])["iteration"]
+    print(f"{args.run}: {recipe.network}, iteration {last:,} of {recipe.iterations:,}, snapshots: {len(checkpoints)}")
+    return Plan([Network(recipe.network, checkpoint) for checkpoint in checkpoints], data, args.source)
+
+
+def training_card(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a snapshot says of the training: the recipe, iteration, current_lr; nothing where it is none of ours."""
+    card = checkpoint.card.get("training")
+    return card if isinstance(card, dict) else {}
+
+
+def check_snapshot(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """ValueError unless a file is a snapshot of the run with this recipe."""
+    card = training_card(checkpoint)
+    if type(card.get("iteration")) is not int or type(card.get("current_lr")) is not float:
+        raise ValueError(
+            f"{checkpoint.path}: no snapshot: its card does not say iteration and learning rate; move it away"
+        )
+    for name, value in asdict(recipe).items():
+        if card.get(name) != value:
+            raise ValueError(
+                f"{checkpoint.path}: a snapshot of another run: {name} is {card.get(name)} in its card and {value} in "
+                f"{CONFIG}; move it away"
+            )
+    held = "another network" if checkpoint.config is None else checkpoint.config.name
+    if held != recipe.network:
+        raise ValueError(f"{checkpoint.path}: it holds {held}, and {CONFIG} says {recipe.network}; move it away")
+
+
+def leave_out_first(checkpoints: list[Checkpoint], folder: Path) -> list[Checkpoint]:
+    """Without iteration 0: in evaluation mode responses grow from block to block while BN has recorded nothing."""
+    trained = [checkpoint for checkpoint in checkpoints if training_card(checkpoint)["iteration"] > 0]
+    if not trained:
+        raise ValueError(
+            f"{folder}: only iteration 0, where BN has recorded nothing yet: --source batchnorm computes it; or wait "
+            "for the next snapshot"
+        )
+    if len(trained) < len(checkpoints):
+        print("iteration 0 is left out: BN has recorded nothing yet (--source batchnorm shows it)", file=sys.stderr)
+    return trained
+
+
+def check_order(checkpoints: Sequence[Checkpoint]) -> None:
+    """ValueError where two snapshots are of one iteration."""
+    for first, second in pairwise(checkpoints):
+        iteration = training_card(first)["iteration"]
+        if iteration == training_card(second)["iteration"]:
+            raise ValueError(f"{second.path}: of iteration {iteration}, as is {first.path.name}; move one of them away")
+
+
+def make_table(plan: Plan, frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The frames one below the other, each with its iteration and learning rate in front."""
+    import pandas as pd
+
+    parts = []
+    for network, frame in zip(plan.networks, frames, strict=True):
+        card = training_card(network.checkpoint)
+        part = frame.copy()
+        part.attrs.clear()
+        part.insert(0, "iteration", card["iteration"])
+        part.insert(1, "lr", card["current_lr"])
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def find_steps(recipe: Recipe, known: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """From which iteration on which learning rate holds, in order.
+
+    known: iterations, ascending, and the learning rate of the step that led there. The recipe says when it drops, but
+    not when a warm-up ends: that is taken for the first known iteration after it.
+
+    >>> from models.recipe import Recipe
+    >>> find_steps(Recipe("residual", 110, iterations=4000), [(0, 0.01), (391, 0.01), (782, 0.1)])
+    [(0, 0.01), (782, 0.1), (2000, 0.01), (3000, 0.001)]
+    """
+    warm = [iteration for iteration, rate in known if rate < recipe.learning_rate(iteration, False)]
+    later = [iteration for iteration, _ in known if warm and iteration > max(warm)]
+    end = min(later, default=recipe.iterations) if warm else 0
+    rates = [recipe.learning_rate(iteration, iteration < end) for iteration in range(recipe.iterations)]
+    return [(i, rate) for i, rate in enumerate(rates) if i == 0 or rate != rates[i - 1]]
+
+
+def describe_run(args: argparse.Namespace, plan: Plan, frames: Sequence[pd.DataFrame]) -> dict[str, Any]:
+    """Where the numbers come from, as JSON can hold it: each snapshot by the name of its file, and the epochs' file."""
+    from models.files import sha256
+
+    document: dict[str, Any] = {
+        network.checkpoint.path.stem: describe_network(args, network, frame, plan)
+        for network, frame in zip(plan.networks, frames, strict=True)
+    }
+    path = args.run / METRICS
+    return document | ({METRICS: {"path": str(path), "sha256": sha256(path)}} if path.exists() else {})
+
+
+def print_table(frame: pd.DataFrame) -> None:
+    """One line a snapshot."""
+    rows = frame.groupby("iteration")
+    table = rows["std"].agg(["mean", "min", "max"]).map("{:.4f}".format)
+    table.insert(0, "lr", rows["lr"].first().map("{:g}".format))
+    table.columns = ["lr", "mean std", "smallest", "largest"]
+    print("\n" + table.reset_index().to_string(index=False, formatters={"iteration": "{:,}".format}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
