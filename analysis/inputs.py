@@ -160,8 +160,8 @@ def load_checkpoint(args: argparse.Namespace, item: Found, sample: Any) -> Check
         return checkpoint  # a label of the user's own
     if checkpoint.config is None:
         return checkpoint
-    if checkpoint.how["kind"] == "assumed" and named.kind != checkpoint.config.kind:
-        checkpoint = load(item.path, kind=named.kind, **options)
+    if checkpoint.how["kind"].startswith("assumed") and named.kind != checkpoint.config.kind:
+        checkpoint = load(item.path, kind=named.kind, images=sample, **options)
     config = checkpoint.config
     if config is not None and named.name != config.name:
         checkpoint.warnings.append(f"the label says {item.label}, the file holds {config.name}")

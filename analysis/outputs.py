@@ -108,6 +108,7 @@ def describe_network(args: argparse.Namespace, network: Network, frame: pd.DataF
         device = str(next(network.model.parameters()).device)
         entry |= {"device": device, "precision": args.precision, "accuracy": frame.attrs["accuracy"]}
         entry |= {"path": frame.attrs["path"], "rounding": frame.attrs["rounding"]}
+        entry |= {"unpaired": frame.attrs["unpaired"]}
     return entry
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import reduce
 from itertools import zip_longest
@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help 
 
 BLOCK_IMAGES = 512  # on which residual blocks are measured
 PIXELS = {"cpu": 32 * 32**2, "cuda": 1024 * 32**2}  # in a batch: responses that stay in caches; that fill a GPU
+SHOWN = 3  # names that a line lists
 ERROR_IMAGES = 256  # on which bfloat16 is compared with float32
 
 
@@ -58,6 +59,10 @@ def measure_all(args: argparse.Namespace, plan: Plan) -> list[pd.DataFrame]:
         for network, part, frame, error in zip_longest(plan.networks, parts, measured, errors):
             frame.attrs["rounding"] = error
             part.append(frame)
+            if frame.attrs["unpaired"]:
+                print(
+                    f"{network.label}: not measured, no BN takes in their output: {list_names(frame.attrs['unpaired'])}"
+                )
             if args.verbose:
                 print(f"{network.label}: measured {frame.attrs['path']}")
     leave()
@@ -69,6 +74,11 @@ def measure_all(args: argparse.Namespace, plan: Plan) -> list[pd.DataFrame]:
         result.append(pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0])
         result[-1].attrs = dict(frames[0].attrs)
     return result
+
+
+def list_names(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def compute(network: Network) -> pd.DataFrame:
@@ -83,8 +93,7 @@ def compute(network: Network) -> pd.DataFrame:
         raise ValueError(f"{checkpoint.path}: {error}") from error
     kind, depth = ("other", None) if config is None else (config.kind, config.depth)
     if ambiguous := rows.attrs.pop("ambiguous"):
-        more = f" and {len(ambiguous) - 3} more" if len(ambiguous) > 3 else ""
-        line = f"names and order of the tensors do not agree on {', '.join(ambiguous[:3])}{more}: a forward pass tells"
+        line = f"names and order of the tensors do not agree on {list_names(ambiguous)}: a forward pass tells"
         checkpoint.warnings.append(line)
         print(f"warning: {network.label}: {line}", file=sys.stderr)
     return make_frame(rows, network=network.label, kind=kind, depth=depth, source="batchnorm")
@@ -111,6 +120,7 @@ def measure_on(args: argparse.Namespace, networks: list[Network], data: Cifar10 
         stream = ahead(make_batches(args, data, networks, first, end), lambda: True)
         for batches in stack.enter_context(closing(stream)):
             for network, measurement, batch in zip(networks, measurements, batches, strict=True):
+                bar.set_description(network.label, refresh=False)
                 with named(network):
                     bar.update(measurement.add(batch))
     results = [measurement.result() for measurement in measurements]

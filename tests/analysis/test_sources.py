@@ -107,6 +107,30 @@ def test_why_a_network_was_not_folded_is_said(cifar, tmp_path, capsys):
     ) in capsys.readouterr().out
 
 
+def test_convolutions_that_are_not_measured_are_named(cifar, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.first, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)\n"
+        "        self.rest = nn.Sequential(*[nn.Conv2d(4, 4, 3) for _ in range(5)])\n"
+        "    def forward(self, x):\n"
+        "        return self.rest(self.bn(self.first(x)))\n"
+    )
+    state = {f"rest.{i}.weight": torch.randn(4, 4, 3, 3) for i in range(5)} | {"first.weight": torch.randn(4, 3, 3, 3)}
+    state |= {f"{name}.bias": torch.randn(4) for name in ("first", *(f"rest.{i}" for i in range(5)))}
+    state |= {f"bn.{name}": torch.full((4,), 2.0) for name in ("weight", "bias", "running_mean", "running_var")}
+    torch.save(state, tmp_path / "a.pth")
+    words = ("--checkpoint", tmp_path / "a.pth", "--model", f"{tmp_path / 'mine.py'}:Net", "--data", cifar[0])
+    assert run(*words, "--normalize", "[0,1]", "--out", tmp_path / "out") == 0
+    assert (
+        "a: not measured, no BN takes in their output: rest.0, rest.1, rest.2 and 2 more\n"
+    ) in capsys.readouterr().out
+    unpaired = json.loads((tmp_path / "out" / "responses.json").read_text())["a"]["unpaired"]
+    assert unpaired == [f"rest.{i}" for i in range(5)]
+
+
 def test_bfloat16_comes_with_its_error(files, cifar, tmp_path, capsys):
     folder, pixels = cifar
     words = ("--checkpoint", files[0], "--data", folder, "--out", tmp_path / "out", "--batch-size", 5)
