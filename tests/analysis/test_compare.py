@@ -13,6 +13,8 @@ from analysis.differences import COLUMNS
 from models import build, checkpoints, closed_form, zoo
 from models.preprocess import PRESETS
 from tests.analysis.test_inputs import cifar  # noqa: F401 (a fixture)
+from tests.conftest import ROOT
+from tests.test_project import README
 
 
 def run(*words):
@@ -174,6 +176,17 @@ def test_an_interval_where_there_are_networks_enough(files, out, capsys):
     assert run("--group", f"a={a}", "--group", f"b={b}", "--source", "batchnorm", "--out", out) == 0
     printed = capsys.readouterr().out
     assert "the smallest that 3 and 4 can give is 0.0286); 95 % interval -" in printed
+
+
+def test_the_public_checkpoints_with_each_other_and_with_shipped_networks(akamaster, tmp_path, capsys, monkeypatch):
+    """The README's command, whose output stands in the README."""
+    monkeypatch.chdir(ROOT)
+    [command] = re.findall(r"^python -m analysis.compare .*$", README, re.MULTILINE)
+    assert run(*command.split("analysis.compare ")[1].split(), "--out", tmp_path / "out") == 0
+    printed = capsys.readouterr().out.strip().replace(str(tmp_path / "out"), "figures")
+    assert f"```text\n{printed}\n```" in README
+    table = pd.read_csv(tmp_path / "out" / "compare.csv")
+    assert table.groupby(["first", "second"]).ngroups == 6
 
 
 # Bad input
