@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -27,6 +27,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from analysis.inputs import check_folder, positive
+from analysis.outputs import as_csv, as_images, finish, write_files
 from analysis.sources import default_batch_size
 
 if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help does without
@@ -68,17 +69,7 @@ class Job:
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
     args = make_parser().parse_args(argv)
-    try:
-        run(args)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return finish(run, args)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -105,6 +96,8 @@ def run(args: argparse.Namespace) -> None:
     import pandas as pd
     import torch
 
+    from plots.benchmark import draw_benchmark
+
     check_folder(args.out)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device on this machine; use --device cpu")
@@ -114,8 +107,9 @@ def run(args: argparse.Namespace) -> None:
         part = measure_job(job, args.repeats)
         print(table(pd.DataFrame(part, columns=list(COLUMNS))) + "\n", flush=True)
         rows += part
-    for path in write_all(args.out, pd.DataFrame(rows, columns=list(COLUMNS))):
-        print(f"wrote {path}")
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    files = {"benchmark.csv": as_csv(frame)} | as_images("benchmark", draw_benchmark(frame), ["png", "pdf"])
+    print(write_files(args.out, files).lstrip("\n"))
 
 
 def make_job(args: argparse.Namespace, name: str) -> Job:
@@ -200,10 +194,11 @@ def measure_job(job: Job, repeats: int) -> list[dict[str, Any]]:
     stds: dict[str, list[float]] = {}
     for _ in tqdm(range(repeats), desc=job.network, unit=" rounds", leave=False, disable=None):
         for way in ways:
-            start = perf_counter()
+            start = now(job)
             stds[way] = WAYS[way](model, names, batches_of(job, images))
-            seconds[way].append(perf_counter() - start)
+            seconds[way].append(now(job) - start)
     peaks = {way: peak_of(job, way, names) for way in ways}
+    notes |= {way: "out of memory in a process of its own" for way, peak in peaks.items() if peak is None}
     facts = {key: value for key, value in asdict(job).items() if key != "data"} | {"repeats": repeats}
     return [
         facts
@@ -213,27 +208,36 @@ def measure_job(job: Job, repeats: int) -> list[dict[str, Any]]:
     ]
 
 
+def now(job: Job) -> float:
+    """Seconds, when all that was asked of a GPU is done."""
+    import torch
+
+    if job.device == "cuda":
+        torch.cuda.synchronize()
+    return perf_counter()
+
+
 def layer_error(stds: list[float], exact: list[float]) -> float | None:
     """The largest relative error of any layer; None where nothing was measured."""
     return max((abs(std / true - 1) for std, true in zip(stds, exact, strict=True)), default=None) if stds else None
 
 
 def summarise(
-    way: str, seconds: dict[str, list[float]], peaks: dict[str, float], stds: dict[str, list[float]],
+    way: str, seconds: dict[str, list[float]], peaks: dict[str, float | None], stds: dict[str, list[float]],
     exact: list[float], job: Job,
 ) -> dict[str, Any]:  # fmt: skip
     """What was measured of one way, as columns. Ratios are of medians, beside the plain forward pass."""
     from analysis.ways import PLAIN
 
-    typical = median(seconds[way])
+    typical, peak, plain = median(seconds[way]), peaks[way], peaks[PLAIN]
     return {
         "seconds": typical,
         "seconds_min": min(seconds[way]),
         "seconds_max": max(seconds[way]),
         "ratio": typical / median(seconds[PLAIN]),
         "images_per_s": job.images / typical,
-        "peak_mb": peaks[way],
-        "above_plain_mb": peaks[way] - peaks[PLAIN],
+        "peak_mb": peak,
+        "above_plain_mb": None if peak is None or plain is None else peak - plain,
         "error": layer_error(stds[way], exact),
     }
 
@@ -253,10 +257,16 @@ def memory_of_machine() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
-def peak_of(job: Job, way: str, names: list[str]) -> float:
-    """The peak of a way's memory in MB: on a GPU what torch allocates, else what a process of its own has resident."""
+def peak_of(job: Job, way: str, names: list[str]) -> float | None:
+    """The peak of a way's memory in MB: on a GPU what torch allocates, else what a process of its own has resident.
+
+    None where that process is killed, as it is for want of memory.
+    """
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(run_alone, job, way, names).result()
+        try:
+            return pool.submit(run_alone, job, way, names).result()
+        except BrokenProcessPool:
+            return None
 
 
 def run_alone(job: Job, way: str, names: list[str]) -> float:
@@ -305,24 +315,6 @@ def spread(row: dict[Any, Any]) -> str | None:
     if row["seconds"] != row["seconds"]:  # NaN
         return None
     return f"{row['seconds']:.2f} ({row['seconds_min']:.2f}-{row['seconds_max']:.2f})"
-
-
-def write_all(folder: Path, frame: pd.DataFrame) -> list[Path]:
-    """Write the frame and the figure: all of them, or none. Returns their paths."""
-    import matplotlib as mpl
-
-    from models.files import replacing
-    from plots.benchmark import draw_benchmark
-    from plots.style import RC
-
-    paths = [folder / f"benchmark.{suffix}" for suffix in ("csv", "png", "pdf")]
-    with ExitStack() as files, mpl.rc_context(RC):
-        csv, png, pdf = [files.enter_context(replacing(path)) for path in paths]
-        figure = draw_benchmark(frame)
-        frame.to_csv(csv, index=False, lineterminator="\n")
-        figure.savefig(png, dpi=300)
-        figure.savefig(pdf, metadata={"CreationDate": None})
-    return paths
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 LEVEL = 0.05  # of the test that an interval inverts: a 95 % interval
+ENOUGH = "1 and 19, 2 and 5, 3 and 4, or 4 and 4"  # seeds in two groups: from here on smallest <= LEVEL
 ENUMERATED = 200_000  # relabelings; more are not gone through one by one
 COLUMNS = ("first", "second", "layer", "position", "name", "stage", "std_first", "std_second", "difference")
 
@@ -110,7 +111,7 @@ class PermutationTest:
 
     difference: of the groups' means, second - first. p: the share of relabelings whose means are at least as far
     apart, two-sided. smallest: the smallest p that so many seeds can give. interval: of the difference, 95 %, or None
-    where there are too few seeds for one (there are enough from 4 and 4, 3 and 4, or 2 and 5 on).
+    where there are too few seeds for one (`ENOUGH`: with fewer, no shift is ever rejected at 5 %).
     """
 
     difference: float
@@ -127,6 +128,8 @@ def permutation_test(first: Sequence[float], second: Sequence[float]) -> Permuta
     where there are more than 200,000 relabelings.
     """
     a, b = np.asarray(first, float), np.asarray(second, float)
+    if not np.isfinite([*a, *b]).all():
+        raise ValueError("NaN or infinity among the values of two groups")
     total = comb(len(a) + len(b), len(a))
     if not len(a) or not len(b):
         raise ValueError("a group without a network: there is nothing to compare")

@@ -48,12 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m analysis.dynamics",
         description="Draw the layer responses of a network through its training, from the snapshots of a run.",
-        conflict_handler="resolve",  # --source has another default here, and one value
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run of python -m models.train")
-    add_options(parser)
-    parser.add_argument("--source", nargs=1, choices=("batchnorm", "hooks"), default=["batchnorm"], help="compute from "
-        "BN's tensors alone (the default), or measure on images")  # fmt: skip
+    add_options(parser, source="batchnorm")
     add_page_option(parser)
     args = parser.parse_args(argv)
     check_options(parser, args)
@@ -145,7 +142,8 @@ def read_snapshots(args: argparse.Namespace, recipe: Recipe) -> Plan:
     data = find_data(args, checkpoints)
     last = training_card(checkpoints[-1])["iteration"]
     print(f"{args.run}: {recipe.network}, iteration {last:,} of {recipe.iterations:,}, snapshots: {len(checkpoints)}")
-    return Plan([Network(recipe.network, checkpoint) for checkpoint in checkpoints], data, args.source)
+    labels = [f"{recipe.network}, iteration {training_card(checkpoint)['iteration']:,}" for checkpoint in checkpoints]
+    return Plan([Network(*pair) for pair in zip(labels, checkpoints, strict=True)], data, args.source)
 
 
 def training_card(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -200,7 +198,8 @@ def make_table(plan: Plan, frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     parts = []
     for network, frame in zip(plan.networks, frames, strict=True):
         card = training_card(network.checkpoint)
-        part = frame.copy()
+        assert network.checkpoint.config is not None  # check_snapshot
+        part = frame.assign(network=network.checkpoint.config.name)
         part.attrs.clear()
         part.insert(0, "iteration", card["iteration"])
         part.insert(1, "lr", card["current_lr"])

@@ -67,7 +67,7 @@ class Folded:
     Sums are taken of response - shift: a channel mean of the first batch, in layers whose means are far from zero.
     """
 
-    def __init__(self, model: nn.Module, pairs: list[Pair], layers: list[Layer], run: Run) -> None:
+    def __init__(self, model: nn.Module, pairs: list[Pair], layers: list[Layer], run: Run, channels_last: bool) -> None:
         self.model, self.pairs, self.layers, self.run = model, pairs, layers, run
         self.channels = [len(layer.moments.mean) for layer in layers]
         self.shift = [shift_of(layer.moments) for layer in layers]
@@ -77,7 +77,7 @@ class Folded:
             fold_pair(pair)
             pair.conv.register_forward_hook(pair.after_conv)
             vars(pair.norm)["forward"] = self.responder(pair)
-        if device_of(model).type == "cpu" or torch.is_autocast_enabled(device_of(model).type):
+        if channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def responder(self, pair: Pair) -> Callable[[Tensor], Tensor]:
@@ -196,7 +196,9 @@ def fold(model: nn.Module, record: Recording, batch: Any, run: Run) -> Folded:
 
     record: of the first batch, still open. batch: the first one, or any other. Raises NotFolded where there is none.
     """
-    with untouched(record), torch.autocast(device_of(model).type, enabled=False), torch.no_grad():
+    device = device_of(model).type
+    fastest = device == "cpu" or torch.is_autocast_enabled(device)  # on a GPU only in half precision
+    with untouched(record), torch.autocast(device, enabled=False), torch.no_grad():
         try:
             twin = copy.deepcopy(model, {id(record): record})
             for module in twin.modules():
@@ -205,7 +207,7 @@ def fold(model: nn.Module, record: Recording, batch: Any, run: Run) -> Folded:
             few = first_images(batch)
             with watching(twin) as watched, recording(twin, record.kernel_size, grouped=record.grouped) as proof:
                 expected = run(twin, few)
-            folded = Folded(twin, watched.foldable(proof.layers), proof.layers, run)
+            folded = Folded(twin, watched.foldable(proof.layers), proof.layers, run, channels_last=fastest)
             if steps(proof.layers) != steps(record.layers):
                 raise NotFolded("a copy of it runs other layers")
             compare_networks(folded, few, expected)

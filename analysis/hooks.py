@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import pandas as pd
 import torch
@@ -24,6 +24,7 @@ from analysis.frame import make_frame
 from analysis.pairs import Layer, Recording, is_wrapper, recording
 from analysis.running import compare_labels, count_images, device_of, run
 
+T = TypeVar("T")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -84,11 +85,8 @@ def measure(
        mine    0    1         8      30      32 230400
     """
     options: dict[str, Any] = {"kernel_size": kernel_size, "grouped": grouped, "forward": forward}
-    with (
-        measuring(model, precision=precision, **options) as measurement,
-        closing(ahead(batches, measurement.on_a_copy)) as stream,
-    ):
-        for batch in stream:
+    with measuring(model, precision=precision, **options) as measurement:
+        for batch in batches:
             progress(measurement.add(batch))
     return measurement.result().to_frame(network)
 
@@ -178,10 +176,6 @@ class Measurement:
             self.why_not = str(reason)
         self.first = None
 
-    def on_a_copy(self) -> bool:
-        """Whether the network itself is out of use, so that batches may be prepared beside."""
-        return self.folded is not None
-
     def finish(self) -> None:
         """Hand over what the folded copy has measured."""
         if self.folded is not None:
@@ -256,8 +250,8 @@ def network_in(model: nn.Module) -> tuple[str, int | None]:
     return getattr(config, "kind", "other"), getattr(config, "depth", None)
 
 
-def ahead(batches: Iterable[Any], beside: Callable[[], bool]) -> Generator[Any]:
-    """The batches; while `beside` is true the next one is prepared in a thread as this one runs."""
+def ahead(batches: Iterable[T]) -> Generator[T]:
+    """The batches; the next is prepared in a thread while this one is in use, so each is to be an object of its own."""
     source, end = iter(batches), object()
 
     def fetch() -> Any:
@@ -267,9 +261,9 @@ def ahead(batches: Iterable[Any], beside: Callable[[], bool]) -> Generator[Any]:
     with ThreadPoolExecutor(1) as pool:
         batch = fetch()
         while batch is not end:
-            upcoming = pool.submit(fetch) if beside() else None
+            upcoming = pool.submit(fetch)
             yield batch
-            batch = upcoming.result() if upcoming else fetch()
+            batch = upcoming.result()
 
 
 def describe_layers(layers: list[Layer]) -> list[dict[str, object]]:

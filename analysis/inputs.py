@@ -62,11 +62,12 @@ class Plan:
     sources: list[str]
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options that say what is measured, on what, and how."""
+def add_options(parser: argparse.ArgumentParser, *, both: bool = False, source: str | None = None) -> None:
+    """Options that say what is measured, on what, and how. both: whether two sources may be named. source: default."""
     add = parser.add_argument
-    add("--source", nargs="+", choices=("hooks", "batchnorm"), help="measure on images, compute from BN's tensors "
-        "alone, or both (default: hooks, and batchnorm where there are no images)")  # fmt: skip
+    add("--source", nargs="+" if both else 1, choices=("hooks", "batchnorm"), default=source and [source],
+        help=f"measure on images, {'' if both else 'or '}compute from BN's tensors alone{', or both' if both else ''} "
+        f"(default: {source or 'hooks, and batchnorm where there are no images'})")  # fmt: skip
     add("--data", type=Path, metavar="PATH", help="CIFAR-10: parquet, official version, archive or folder of images "
         "(default: $CIFAR10, ./data, cache folder, download); for ImageNet's networks a folder of images")  # fmt: skip
     add("--split", choices=("test", "train"), default="test", help="of CIFAR-10 (default: %(default)s)")
@@ -76,8 +77,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="FILE.py:FUNCTION", help="builds the network of the checkpoints, where it is none of the "
         "paper's; or PACKAGE.MODULE:FUNCTION")  # fmt: skip
     add("--ema", action="store_true", help="take the averaged copy of the weights (EMA) that lies in a checkpoint")
-    add("--batch-size", type=positive, metavar="N", help="images at a time (default: 32 on a CPU, 1024 on a GPU; of "
-        "224x224 pixels 8 and 20)")  # fmt: skip
+    add("--batch-size", type=positive, metavar="N", help="images at a time (default: as many as the caches, or "
+        "a GPU's memory, have room for)")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     add("--precision", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     add("--out", type=Path, default=Path("figures"), metavar="DIR", help="default: %(default)s")
@@ -181,7 +182,7 @@ def choose_label(item: Found, checkpoint: Checkpoint, taken: set[str]) -> str:
         label = item.path.stem if checkpoint.config is None else checkpoint.config.name
         label = item.path.stem if label in taken else label
     if label in taken:
-        raise ValueError(f"two networks are called {label}: name them, --checkpoint LABEL=PATH LABEL=PATH")
+        raise ValueError(f"two networks are called {label}: name them, LABEL=PATH LABEL=PATH")
     return check_label(label)
 
 

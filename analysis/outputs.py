@@ -42,6 +42,11 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> str:
     """Write files into a folder, all of them or none. Returns lines that say so."""
     from models.files import replacing
 
+    for name in files:
+        if (folder / name).is_dir():
+            raise ValueError(
+                f"{folder / name} is a folder, and a result has this name: move it away, or name another --out"
+            )
     with ExitStack() as stack:
         for name, content in files.items():
             stack.enter_context(replacing(folder / name)).write_bytes(content)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from analysis.inputs import Found, Network, add_options, check_folder, check_options, positive, split_label
 from analysis.outputs import add_page_option, as_csv, as_images, as_json, as_page, describe_network, finish, write_files
+from analysis.processes import together
 
 if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help does without
     import pandas as pd
@@ -53,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--kind", choices=("residual", "plain"), nargs="+", help="kinds of shipped networks (default: both, but for "
         "plain-110, as in the paper); without any, what the checkpoints are")  # fmt: skip
     add("--checkpoint", nargs="+", default=[], metavar="[LABEL=]PATH", help="files of trained networks")
-    add_options(parser)
+    add_options(parser, both=True)
     add_page_option(parser)
     add("--no-paper", action="store_true", help="leave out the paper's own curves")
     return parser
@@ -68,8 +69,10 @@ def run(args: argparse.Namespace) -> None:
     from analysis.sources import measure_all, measure_blocks
     from plots import draw_decomposition, draw_fig7
 
-    check_folder(args.out)
-    plan = prepare(args, [*find_shipped(args), *find_checkpoints(args)])
+    with together():
+        check_folder(args.out)
+        found = [*find_shipped(args), *find_checkpoints(args)]
+    plan = prepare(args, found)
     frames = measure_all(args, plan)
     provenance = {
         network.label: describe_network(args, network, frame, plan)

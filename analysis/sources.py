@@ -10,14 +10,15 @@ processes (analysis.processes) each measures its part of the images.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import reduce
 from itertools import zip_longest
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from analysis.processes import exchange, leave, part_of, rank, together
+from analysis.processes import count_processes, exchange, leave, part_of, rank, together
 
 if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help does without
     import pandas as pd
@@ -29,15 +30,24 @@ if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help 
     from models.images import ImageFolder
 
 BLOCK_IMAGES = 512  # on which residual blocks are measured
-PIXELS = {"cpu": 32 * 32**2, "cuda": 1024 * 32**2}  # in a batch: responses that stay in caches; that fill a GPU
+RESPONSE = 64  # bytes a pixel of the image, of the first stage's: 16 channels, or 64 at half the size, in float32
 SHOWN = 3  # names that a line lists
-ERROR_IMAGES = 256  # on which bfloat16 is compared with float32
+ERROR_IMAGES, BATCHES = 256, 8  # on which bfloat16 is compared with float32
 
 
 def default_batch_size(side: int, device: str) -> int:
-    """Images of side x side pixels at a time: few enough for a response to stay in the caches, but 8 at least."""
-    images = PIXELS[device] // side**2
-    return max(8, min(images, PIXELS[device] // 32**2))
+    """Images of side x side pixels at a time: as many as there is room for, but 8 at least and 1,024 at most."""
+    return max(8, min(1024, room(device) // (RESPONSE * side**2)))
+
+
+def room(device: str) -> int:
+    """Bytes for one layer's response: the level 2 caches of the cores in use, or a 64th of a GPU's free memory."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0] // 64
+    known = "SC_LEVEL2_CACHE_SIZE" in os.sysconf_names and os.sysconf("SC_LEVEL2_CACHE_SIZE")
+    return (known or 2**20) * torch.get_num_threads()
 
 
 def device_of(args: argparse.Namespace) -> torch.device:
@@ -54,8 +64,8 @@ def measure_all(args: argparse.Namespace, plan: Plan) -> list[pd.DataFrame]:
     parts: list[list[pd.DataFrame]] = [[] for _ in plan.networks]
     if "hooks" in plan.sources:
         assert plan.data is not None  # find_data raises where hooks are asked for and there are none
-        measured = measure_on(args, plan.networks, plan.data)
         errors = rounding_errors(args, plan.networks, plan.data) if args.precision == "bfloat16" else []
+        measured = measure_on(args, plan.networks, plan.data)
         for network, part, frame, error in zip_longest(plan.networks, parts, measured, errors):
             frame.attrs["rounding"] = error
             part.append(frame)
@@ -109,6 +119,8 @@ def measure_on(args: argparse.Namespace, networks: list[Network], data: Cifar10 
     from analysis.hooks import Result, ahead, measuring
 
     device = device_of(args)
+    digests: dict[Any, bytes] = getattr(data, "digests", {})  # of a folder's files, as they are read
+    digests.clear()  # those of the sample
     first, end = part_of(args.images or len(data))
     total = (end - first) * len(networks)
     silent = True if rank() else None  # None: where stderr is no terminal
@@ -117,16 +129,16 @@ def measure_on(args: argparse.Namespace, networks: list[Network], data: Cifar10 
         measurements = []
         for network in networks:
             measurements.append(stack.enter_context(measuring(network.model.to(device), precision=args.precision)))
-        stream = ahead(make_batches(args, data, networks, first, end), lambda: True)
+        stream = ahead(make_batches(args, data, networks, first, end))
         for batches in stack.enter_context(closing(stream)):
             for network, measurement, batch in zip(networks, measurements, batches, strict=True):
                 bar.set_description(network.label, refresh=False)
                 with named(network):
                     bar.update(measurement.add(batch))
     results = [measurement.result() for measurement in measurements]
-    parts = exchange((results, getattr(data, "digests", {})))
-    for _, digests in parts:
-        getattr(data, "digests", {}).update(digests)
+    parts = exchange((results, digests))
+    for _, theirs in parts:
+        digests.update(theirs)
     frames = []
     for network, *others in zip(networks, *(results for results, _ in parts), strict=True):
         with named(network):
@@ -139,7 +151,8 @@ def rounding_errors(
 ) -> list[dict[str, float]]:
     """For each network the relative differences of std in bfloat16 from float32, on the first images; printed too."""
     images = min(ERROR_IMAGES, args.images or len(data))
-    few = {precision: argparse.Namespace(**vars(args) | {"images": images, "precision": precision})
+    size = max(1, images // (BATCHES * count_processes()))  # several batches each: only the first is not folded
+    few = {precision: argparse.Namespace(**vars(args) | {"images": images, "batch_size": size, "precision": precision})
            for precision in ("float32", "bfloat16")}  # fmt: skip
     exact, rounded = (measure_on(options, networks, data) for options in few.values())
     errors = []
@@ -165,7 +178,6 @@ def named(network: Network) -> Iterator[None]:
 def measure_blocks(args: argparse.Namespace, plan: Plan) -> pd.DataFrame | None:
     """Branch and shortcut of every residual block, on the first images; None where nothing runs on images."""
     import pandas as pd
-    import torch
 
     from analysis.branches import recording_blocks
     from analysis.hooks import evaluation
@@ -174,15 +186,21 @@ def measure_blocks(args: argparse.Namespace, plan: Plan) -> pd.DataFrame | None:
     if plan.data is None:
         return None
     total = min(BLOCK_IMAGES, args.images or len(plan.data))
-    with torch.no_grad(), ExitStack() as stack:
+    with ExitStack() as stack:
         records = []
         for network in plan.networks:
             stack.enter_context(evaluation(network.model))
-            records.append(stack.enter_context(recording_blocks(network.model)))
-        for batches in make_batches(args, plan.data, plan.networks, 0, total):
-            for network, batch in zip(plan.networks, batches, strict=True):
+            records.append((network, stack.enter_context(recording_blocks(network.model))))
+        records = [(network, record) for network, record in records if record.blocks]
+        networks = [network for network, _ in records]
+        for batches in make_batches(args, plan.data, networks, 0, total) if networks else ():
+            for network, batch in zip(networks, batches, strict=True):
                 run(network.model, batch)
-    return pd.concat([record.to_frame(network.label) for record, network in zip(records, plan.networks, strict=True)])
+    frames = []
+    for network, record in records:
+        with named(network):
+            frames.append(record.to_frame(network.label))
+    return pd.concat(frames) if frames else None
 
 
 def classes(network: Network) -> int | None:

@@ -11,32 +11,38 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from analysis.hooks import measure
+from analysis.hooks import PRECISIONS, ahead, evaluation, measuring
 from analysis.running import device_of, run
 
 Batches = Iterable[Tensor]
 Way = Callable[[nn.Module, list[str], Batches], list[float]]
-PLAIN = "plain forward"
+PLAIN, PLAIN_BFLOAT16 = "plain forward", "plain forward, bfloat16"
 
 
-def plain_forward(model: nn.Module, names: list[str], batches: Batches) -> list[float]:
-    """Nothing but the forward pass, as people write it."""
-    with torch.no_grad():
-        for x in batches:
-            run(model, x)
-    return []
+def plain_forward(precision: str) -> Way:
+    """Nothing but the forward pass, as people write it, without TF32."""
+
+    def way(model: nn.Module, names: list[str], batches: Batches) -> list[float]:
+        with evaluation(model), torch.autocast(device_of(model).type, PRECISIONS[precision], precision != "float32"):
+            for x in batches:
+                run(model, x)
+        return []
+
+    return way
 
 
 def toolkit(precision: str) -> Way:
     def way(model: nn.Module, names: list[str], batches: Batches) -> list[float]:
-        stds: list[float] = measure(model, batches, precision=precision)["std"].tolist()
-        return stds
+        with measuring(model, precision=precision) as measurement, closing(ahead(batches)) as stream:
+            for x in stream:
+                measurement.add(x)
+        return [layer.moments.std for layer in measurement.result().layers]
 
     return way
 
@@ -135,7 +141,8 @@ def two_pass(model: nn.Module, names: list[str], batches: Callable[[], Batches])
 
 
 WAYS: dict[str, Way] = {
-    PLAIN: plain_forward,
+    PLAIN: plain_forward("float32"),
+    PLAIN_BFLOAT16: plain_forward("bfloat16"),
     "this toolkit, float32": toolkit("float32"),
     "this toolkit, bfloat16": toolkit("bfloat16"),
     "mean and var per channel": channel_calls,

@@ -82,6 +82,11 @@ def load(
     need_model: raise where the network is unknown.
     Raises FileNotFoundError or ValueError, with the path, for a file that is not there, not a checkpoint, would run
     code, or holds another network.
+
+    >>> from models import zoo
+    >>> checkpoint = load(zoo.find("resnet-20"))
+    >>> checkpoint.config.name, checkpoint.preprocessing.name, checkpoint.how["kind"]
+    ('resnet-20', 'per-pixel', 'card')
     """
     path = Path(path)
     if not path.is_file():

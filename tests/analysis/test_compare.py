@@ -10,7 +10,7 @@ import torch
 
 from analysis.compare import main
 from analysis.differences import COLUMNS
-from models import build, checkpoints, closed_form, zoo
+from models import build, checkpoints, closed_form
 from models.preprocess import PRESETS
 from tests.analysis.test_inputs import cifar  # noqa: F401 (a fixture)
 from tests.conftest import ROOT
@@ -120,7 +120,6 @@ def test_shipped_networks_and_frames_made_earlier(files, tmp_path, out, capsys):
     [row] = [line for line in printed.splitlines() if line.strip().startswith("again vs mine")]
     assert row.endswith(" same numbers")
     assert "resnet-20 vs resnet-14" in printed
-    assert "resnet-20" in zoo.shipped()
 
 
 def test_a_page_to_look_at(files, tmp_path, out):
@@ -139,7 +138,7 @@ def test_a_page_to_look_at(files, tmp_path, out):
     shown = [row[heads.index("difference")] for row in rows]
     assert shown[:7] == [""] * 7
     assert [float(text) for text in shown[7:10]] == pytest.approx(table.get_group(("resnet-8", "a")).tolist(), abs=1e-4)
-    expected = table.get_group(("resnet-8", "b")).tolist() * 2
+    expected = [std for name in ("resnet-8b", "resnet-8c") for std in stds(files[name]) - stds(files["resnet-8"])]
     assert [float(text) for text in shown[10:]] == pytest.approx(expected, abs=1e-4)
     assert list(json.loads((out / "compare.json").read_text())) == ["resnet-8", "b 1", "b 2", str(csv)]
     assert str(csv) in page
@@ -189,6 +188,26 @@ def test_the_public_checkpoints_with_each_other_and_with_shipped_networks(akamas
     assert table.groupby(["first", "second"]).ngroups == 6
 
 
+def test_of_a_frame_with_both_sources_the_one_asked_for_is_taken(tmp_path, out, capsys):
+    both = lambda f: pd.concat([f, f.assign(source="batchnorm", std=10.0, within=6.0, between=8.0)])  # noqa: E731
+    a, b = frame(tmp_path / "a.csv", both), frame(tmp_path / "b.csv", lambda f: f.assign(network="b"))
+    for source, expected in (([], [5.0] * 3), (["--source", "batchnorm"], [10.0] * 3)):
+        assert run(a, b, *source, "--out", out) == 0
+        assert pd.read_csv(out / "compare.csv")["std_first"].tolist() == expected
+    assert "warning: measured networks are compared with closed forms" in capsys.readouterr().err
+
+
+def test_too_many_relabelings_are_said_and_the_rest_is_done(tmp_path, out, capsys):
+    groups = []
+    for group in "ab":
+        for seed in range(12):
+            values = {"within": 3.0 * (1 + seed), "between": 4.0 * (1 + seed), "std": 5.0 * (1 + seed)}
+            frame(tmp_path / f"{group}{seed}.csv", lambda f, values=values: f.assign(**values))
+        groups += ["--group", f"{group}={','.join(str(tmp_path / f'{group}{seed}.csv') for seed in range(12))}"]
+    assert run(*groups, "--out", out) == 0
+    assert "b - a: +0.0000, no exact test: 12 and 12 networks have 2,704,156 relabelings" in capsys.readouterr().out
+
+
 # Bad input
 
 
@@ -202,6 +221,12 @@ def frame(path, edit=lambda frame: frame):
 
 BAD_FRAMES = {
     "edited": (lambda f: f.assign(std=[5, 5.1, 5]), "std, within and between of a, layer 2 do not belong together"),
+    "negative": (lambda f: f.assign(std=[5, -5, 5]), "std, within and between of a, layer 2 do not belong together"),
+    "no source": (lambda f: f.assign(source=["hooks", None, "hooks"]), "no source in line 3"),
+    "no label": (lambda f: f.assign(network=["a", "a", None]), "no network in line 4"),
+    "no channels": (lambda f: f.assign(channels=[4, None, 4]), "no channels in line 3"),
+    "no stage": (lambda f: f.assign(stage=[None, 1, 1]), "no stage in line 2"),
+    "no layer": (lambda f: f.assign(layer=[1, None, 3]), "no layer in line 3"),
     "NaN": (lambda f: f.assign(std=[5, np.nan, 5]), "std, within and between of a, layer 2 do not belong together"),
     "a layer less": (lambda f: f.drop(index=1), "the layers of a are not 1 to 2: rows are missing, or were added"),
     "a layer twice": (lambda f: pd.concat([f, f.iloc[:1]]), "the layers of a are not 1 to 4"),
@@ -240,8 +265,16 @@ BAD = {
         "error: two things to compare are called",
     ),
     "two sources": (
-        lambda f: [f["resnet-8"], f["plain-8"], "--source", "hooks", "batchnorm"],
-        "--source: one of hooks",
+        lambda f: ["--source", "hooks", "batchnorm", "--group", f"a={f['resnet-8']}"],
+        "no such file",
+    ),
+    "one network as two seeds": (
+        lambda f: [f["plain-8"], "--group", f"a={f['resnet-8']},{f['resnet-8b']},{f['resnet-8']}"],
+        "error: networks 1 and 3 of group a have the same numbers: one network counts once; a group's networks differ",
+    ),
+    "a label as a group's network is called": (
+        lambda f: [f"a 1={f['plain-8']}", "--group", f"a={f['resnet-8']},{f['resnet-8b']}"],
+        "error: two things to compare are called a 1: name them, LABEL=ITEM",
     ),
 }
 

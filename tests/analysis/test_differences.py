@@ -103,7 +103,10 @@ def test_equal_groups():
     [
         ((1, 1), 1, False),
         ((3, 3), 2 / 20, False),
+        ((2, 4), 1 / 15, False),
         ((2, 5), 1 / 21, True),
+        ((1, 18), 1 / 19, False),
+        ((1, 19), 1 / 20, True),
         ((3, 4), 1 / 35, True),
         ((4, 4), 2 / 70, True),
     ],
@@ -155,6 +158,12 @@ def test_the_interval_is_what_the_test_accepts():
     low, high = permutation_test(a, b).interval
     for shift, accepted in ((low - 1e-6, False), (low + 1e-6, True), (high - 1e-6, True), (high + 1e-6, False)):
         assert (permutation_test(a + shift, b).p > 0.05) == accepted
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_none(value):
+    with pytest.raises(ValueError, match="NaN or infinity among the values of two groups"):
+        permutation_test([value, 1, 2, 3], [1, 2, 3, 4])
 
 
 def test_a_group_without_networks():

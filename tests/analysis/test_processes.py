@@ -95,6 +95,17 @@ def test_two_and_four_processes_measure_what_one_does(words, tmp_path):
     assert claims[1]["sentence"].tolist() == claims[2]["sentence"].tolist() == claims[0]["sentence"].tolist()
 
 
+def test_fewer_images_than_processes_and_bad_input_that_all_meet(words, tmp_path):
+    run = torchrun(2, *words, "--images", 1, "--out", tmp_path / "out")
+    assert run.returncode == 0, run.stderr
+    assert set(pd.read_csv(tmp_path / "out" / "responses.csv")["images"]) == {1}
+    run = torchrun(2, "--depth", 9, "--out", tmp_path / "other")
+    assert run.returncode != 0
+    assert [line for line in run.stderr.splitlines() if line.startswith("error: ")] == [
+        "error: --depth 9: no CIFAR-10 network has 9 layers: a depth is 6n + 2; the nearest are 8 and 14"
+    ]
+
+
 def test_a_bad_file_in_one_processs_part_is_the_reason_of_all(tmp_path):
     """Only the second process meets it (the sample that both look at leaves it out), and the first one says so."""
     (tmp_path / "mine.py").write_text(NETWORK)

@@ -404,7 +404,7 @@ def test_two_kinds_and_two_equal_labels(files, images, tmp_path, capsys):
     assert "--kind: one kind at a time" in capsys.readouterr().err
     same = files["resnet-8"]
     assert run("--checkpoint", f"a={same}", f"a={same}", "--source", "batchnorm", "--out", tmp_path) == 2
-    assert "error: two networks are called a: name them, --checkpoint LABEL=PATH LABEL=PATH" in capsys.readouterr().err
+    assert "error: two networks are called a: name them, LABEL=PATH LABEL=PATH" in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback(tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 
 import analysis
 from analysis.responses import main
-from analysis.sources import default_batch_size
+from analysis.sources import default_batch_size, room
 from models import build, checkpoints, images
 from models.preprocess import PRESETS
 from tests.models.test_recognition import blobs
@@ -76,11 +76,10 @@ def test_each_image_is_decoded_once_for_all_networks(tmp_path, monkeypatch):
     decode = images.ImageFolder.decode
     monkeypatch.setattr(images.ImageFolder, "decode", lambda self, file: decoded.append(file) or decode(self, file))
     monkeypatch.setattr(images.ImageFolder, "sample", lambda self, count: np.zeros((2, 224, 224, 3), np.uint8))
-    monkeypatch.setattr("analysis.sources.BLOCK_IMAGES", 1)
     words = ["--checkpoint", *(tmp_path / f"{name}.pth" for name in "abc"), "--model", f"{tmp_path / 'mine.py'}:small"]
     assert run(*words, "--data", tmp_path / "photographs", "--out", tmp_path / "out", "--images", 66) == 0
     once = sorted((tmp_path / "photographs").iterdir())[:66]
-    assert sorted(decoded) == sorted([*once, once[0]])  # the first one for the residual blocks, too
+    assert sorted(decoded) == once
 
 
 def test_why_a_network_was_not_folded_is_said(cifar, tmp_path, capsys):
@@ -137,7 +136,7 @@ def test_bfloat16_comes_with_its_error(files, cifar, tmp_path, capsys):
     assert run(*words, "--precision", "bfloat16") == 0
     checkpoint = checkpoints.load(files[0])
     exact, rounded = (
-        analysis.measure(checkpoint.model, checkpoint.preprocessing(pixels).split(5), precision=precision)["std"]
+        analysis.measure(checkpoint.model, checkpoint.preprocessing(pixels).split(2), precision=precision)["std"]
         for precision in ("float32", "bfloat16")
     )
     relative = (rounded / exact - 1).abs()
@@ -155,6 +154,20 @@ def test_bfloat16_comes_with_its_error(files, cifar, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "responses.json").read_text())["resnet-8"]["rounding"] is None
 
 
-def test_batch_sizes():
-    assert [default_batch_size(side, "cpu") for side in (8, 32, 64, 224)] == [32, 32, 8, 8]
-    assert [default_batch_size(side, "cuda") for side in (32, 224)] == [1024, 20]
+def test_batch_sizes(monkeypatch):
+    monkeypatch.setattr("analysis.sources.room", lambda device: {"cpu": 2 * 2**20, "cuda": 2**30}[device])
+    assert [default_batch_size(side, "cpu") for side in (8, 32, 64, 224)] == [512, 32, 8, 8]
+    assert [default_batch_size(side, "cuda") for side in (32, 224)] == [1024, 334]
+
+
+def test_the_room_is_that_of_the_cores_in_use():
+    assert room("cpu") == torch.get_num_threads() * room_of_one()
+
+
+def room_of_one():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return room("cpu")
+    finally:
+        torch.set_num_threads(threads)
