@@ -1,5 +1,7 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from analysis.moments import Moments
 
@@ -84,6 +86,53 @@ def test_any_order_and_tree_of_merges_gives_the_same():
     assert tree.count == chain.count
     torch.testing.assert_close(tree.mean, chain.mean, rtol=1e-14, atol=1e-14)
     torch.testing.assert_close(tree.m2, chain.m2, rtol=1e-13, atol=0)
+
+
+@settings(deadline=None)
+@given(
+    parts=st.lists(st.integers(1, 6), min_size=1, max_size=8),
+    channels=st.integers(1, 5),
+    size=st.sampled_from([(1, 1), (1, 3), (4, 4)]),
+    magnitude=st.floats(-6, 6),
+    layout=st.sampled_from([torch.contiguous_format, torch.channels_last]),
+    random=st.randoms(use_true_random=False),
+)
+def test_any_split_order_and_merge_is_the_two_pass(parts, channels, size, magnitude, layout, random):
+    """To 1e-12 of the std, times how many stds the mean is away: up to 10^6 and more."""
+    generator = torch.Generator().manual_seed(random.getrandbits(60))
+    normal = torch.randn(sum(parts), channels, *size, generator=generator, dtype=torch.float64)
+    x = (normal + 10**magnitude).contiguous(memory_format=layout)
+    pile = [Moments.of(part) for part in x.split(parts)]
+    while len(pile) > 1:
+        random.shuffle(pile)
+        pile.append(pile.pop().merge(pile.pop()))
+    [moments] = pile
+    count, mean, _, std = two_pass(x)
+    spread = x.std(dim=(0, 2, 3), correction=0).mean().item() or 1.0
+    far = 1e-12 * max(1, 10**magnitude / spread)
+    assert moments.count == count
+    assert (moments.mean - mean).abs().max() <= far * (1 + 10**magnitude)
+    assert abs(moments.std - std) <= far * max(std, 10**magnitude if count == 1 else 0)
+
+
+@pytest.mark.parametrize("value", [0.0, 5.0, -1e30, 1e-40])
+def test_a_single_value_has_no_spread(value):
+    moments = Moments.of(torch.full((1, 1, 1, 1), value))
+    assert (moments.count, moments.std) == (1, 0)
+    assert moments.mean.item() == pytest.approx(value, rel=1e-6, abs=1e-44)
+
+
+def test_subnormal_values():
+    x = torch.tensor([1e-40, 3e-40]).view(2, 1, 1, 1)
+    assert Moments.of(x).std == pytest.approx(1e-40, abs=1e-44)
+
+
+def test_a_billion_values_by_merging():
+    x = responses((8, 3, 5, 5), dtype=torch.float64)
+    moments = Moments.of(x)
+    while moments.count < 10**9:
+        moments = moments.merge(moments)
+    assert moments.std == pytest.approx(two_pass(x)[3], rel=1e-12)
 
 
 def test_std_splits_into_within_and_between():
