@@ -10,11 +10,11 @@ from PIL import Image
 
 from analysis import benchmark
 from analysis.benchmark import COLUMNS, Job, layer_error, load_images, main, make_parser, table
-from analysis.ways import PLAIN, WAYS, two_pass
+from analysis.ways import PLAIN, PLAIN_BFLOAT16, WAYS, two_pass
 from models import build, zoo
 from tests.conftest import ROOT
 
-MEASURING = [way for way in WAYS if way not in (PLAIN, "torchlens")]
+MEASURING = [way for way in WAYS if way not in (PLAIN, PLAIN_BFLOAT16, "torchlens")]
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +65,12 @@ def test_every_way_measures_the_same(small, way):
     assert not any(module._forward_hooks for module in network.modules())
 
 
-def test_the_plain_forward_pass_runs_every_batch_and_measures_nothing(small):
+@pytest.mark.parametrize("way", [PLAIN, PLAIN_BFLOAT16])
+def test_the_plain_forward_pass_runs_every_batch_and_measures_nothing(small, way):
     network, names, batches = small
     seen = []
     with network.register_forward_hook(lambda module, args, output: seen.append(len(output))):
-        assert WAYS[PLAIN](network, names, batches) == []
+        assert WAYS[way](network, names, batches) == []
     assert seen == [4, 4, 2]
 
 
