@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.inputs import check_folder, positive
 from analysis.outputs import as_csv, as_images, finish, write_files
-from analysis.sources import default_batch_size
+from analysis.sources import FEW, default_batch_size
 
 if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help does without
     import numpy as np
@@ -171,8 +171,9 @@ def batches_of(job: Job, images: np.ndarray | None = None) -> Iterator[Tensor]:
     from models.preprocess import PRESETS
 
     images = load_images(job) if images is None else images
-    for start in range(0, len(images), job.batch_size):
-        yield PRESETS["cifar10"](images[start : start + job.batch_size])
+    for part in (images[:FEW], images[FEW:]):
+        for start in range(0, len(part), job.batch_size):
+            yield PRESETS["cifar10"](part[start : start + job.batch_size])
 
 
 def measure_job(job: Job, repeats: int) -> list[dict[str, Any]]:

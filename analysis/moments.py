@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 FAR = 16.0  # mean^2 / variance above which a difference of squares in float32 is not good enough
+HALF = (torch.bfloat16, torch.float16)
 RUN = 4096  # values that are added up in float32
 ROW = 1024  # values side by side in which a response in channels_last is read: of 512 to 16384 the fastest
 
@@ -28,10 +29,10 @@ def sums(x: Tensor) -> tuple[Tensor, Tensor]:
     Short runs of values are added up in the precision of x (float32 at least), and these in float64. Squares are good
     to 1e-7 of themselves, so a variance that is much smaller than the squared mean is not to be had from them.
     """
-    if x.dtype in (torch.bfloat16, torch.float16):
-        x = x.float()
     if x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         return sums_over_rows(x)
+    if x.dtype in HALF:
+        x = x.float()
     total = x.sum((2, 3))  # (N, C)
     squares = torch.linalg.vector_norm(x, dim=(2, 3)).double().square()
     return total.sum(0, dtype=torch.float64), squares.sum(0)
@@ -48,6 +49,8 @@ def sums_over_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     rows = x.permute(0, 2, 3, 1).reshape(-1, pixels * channels)  # (N, H, W, C) -> (N * H * W / p, p * C)
     total, squares = torch.zeros(2, channels, dtype=torch.float64)
     for part in torch.split(rows, RUN):
+        if part.dtype in HALF:
+            part = part.float()
         image = part[None, :, None].permute(0, 3, 1, 2)  # (n, p * C) -> (1, p * C, n, 1), in channels_last
         mean, variance = torch.batch_norm_update_stats(image, None, None, 0.0)
         mean = mean.double().view(pixels, channels)
