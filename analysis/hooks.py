@@ -9,11 +9,10 @@ of the network, where that is right (see analysis.folding). The network is left 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -24,7 +23,6 @@ from analysis.frame import make_frame
 from analysis.pairs import Layer, Recording, is_wrapper, recording
 from analysis.running import compare_labels, count_images, device_of, run
 
-T = TypeVar("T")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -248,22 +246,6 @@ def network_in(model: nn.Module) -> tuple[str, int | None]:
         model = next(model.children())
     config = getattr(model, "config", None)
     return getattr(config, "kind", "other"), getattr(config, "depth", None)
-
-
-def ahead(batches: Iterable[T]) -> Generator[T]:
-    """The batches; the next is prepared in a thread while this one is in use, so each is to be an object of its own."""
-    source, end = iter(batches), object()
-
-    def fetch() -> Any:
-        with torch.no_grad():  # which belongs to a thread
-            return next(source, end)
-
-    with ThreadPoolExecutor(1) as pool:
-        batch = fetch()
-        while batch is not end:
-            upcoming = pool.submit(fetch)
-            yield batch
-            batch = upcoming.result()
 
 
 def describe_layers(layers: list[Layer]) -> list[dict[str, object]]:

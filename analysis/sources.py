@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import reduce
 from itertools import chain, zip_longest
@@ -120,7 +120,7 @@ def measure_on(args: argparse.Namespace, networks: list[Network], data: Cifar10 
     """
     from tqdm import tqdm
 
-    from analysis.hooks import Result, ahead, measuring
+    from analysis.hooks import Result, measuring
 
     device = device_of(args)
     digests: dict[Any, bytes] = getattr(data, "digests", {})  # of a folder's files, as they are read
@@ -133,8 +133,7 @@ def measure_on(args: argparse.Namespace, networks: list[Network], data: Cifar10 
         measurements = []
         for network in networks:
             measurements.append(stack.enter_context(measuring(network.model.to(device), precision=args.precision)))
-        stream = ahead(make_batches(args, data, networks, first, end))
-        for batches in stack.enter_context(closing(stream)):
+        for batches in stack.enter_context(closing(make_batches(args, data, networks, first, end))):
             for network, measurement, batch in zip(networks, measurements, batches, strict=True):
                 bar.set_description(network.label, refresh=False)
                 with named(network):
@@ -215,7 +214,7 @@ def classes(network: Network) -> int | None:
 
 def make_batches(
     args: argparse.Namespace, data: Cifar10 | ImageFolder, networks: list[Network], first: int, end: int
-) -> Iterator[list[Tensor | tuple[Tensor, Tensor]]]:
+) -> Generator[list[Tensor | tuple[Tensor, Tensor]]]:
     """The images from `first` to before `end`: for every network a batch (n, 3, H, W), normalised as it wants them.
 
     With labels (n,), where they are the network's.

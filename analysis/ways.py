@@ -11,13 +11,13 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from analysis.hooks import PRECISIONS, ahead, evaluation, measuring
+from analysis.hooks import PRECISIONS, evaluation, measuring
 from analysis.running import device_of, run
 
 Batches = Iterable[Tensor]
@@ -39,8 +39,8 @@ def plain_forward(precision: str) -> Way:
 
 def toolkit(precision: str) -> Way:
     def way(model: nn.Module, names: list[str], batches: Batches) -> list[float]:
-        with measuring(model, precision=precision) as measurement, closing(ahead(batches)) as stream:
-            for x in stream:
+        with measuring(model, precision=precision) as measurement:
+            for x in batches:
                 measurement.add(x)
         return [layer.moments.std for layer in measurement.result().layers]
 

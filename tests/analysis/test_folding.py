@@ -338,28 +338,3 @@ def test_a_buffer_that_is_used_for_every_batch():
     network = with_statistics(build("resnet-8"))
     frame = analysis.measure(network, (buffer.copy_(part) for part in parts))
     assert frame["std"].tolist() == analysis.measure(network, parts)["std"].tolist()
-
-
-def test_the_next_batch_is_prepared_in_a_thread_of_its_own():
-    seen = []
-
-    def batches():
-        for i in range(3):
-            seen.append((threading.current_thread() is threading.main_thread(), torch.is_grad_enabled()))
-            yield i
-
-    stream = hooks.ahead(batches())
-    assert next(stream) == 0
-    while len(seen) < 2:  # without being asked for
-        pass
-    assert list(stream) == [1, 2]
-    assert seen == [(True, False), (False, False), (False, False)]
-
-
-def test_a_reader_that_stops_leaves_no_thread():
-    threads = threading.active_count()
-    stream = hooks.ahead(range(10))
-    assert next(stream) == 0
-    stream.close()
-    assert threading.active_count() == threads
-    assert list(hooks.ahead(range(4))) == [0, 1, 2, 3]
