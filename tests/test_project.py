@@ -1,6 +1,7 @@
 """What holds for the project as a whole: the README, its commands, the layout, style and types."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -27,6 +28,19 @@ def test_the_readmes_options_exist():
     used = set(re.findall(r"(?<!\S)--[a-z-]+", COMMANDS[0].split("analysis.responses")[1]))
     assert used
     assert used <= options
+
+
+def test_the_readmes_example_of_the_library_runs(tmp_path):
+    """In the tests' folder, with a network of somebody's own."""
+    (tmp_path / "mine.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))\nloader = torch.randn(2, 8, 3, 9, 9)\n"
+    )
+    [example] = re.findall("```python\n(.*?)```", README, re.DOTALL)
+    command = [sys.executable, "-c", example]
+    subprocess.run(command, cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    assert (tmp_path / "fig7.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "responses.csv").read_text().count("\n") == 2
 
 
 def test_no_function_bears_the_name_of_a_module():
