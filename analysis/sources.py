@@ -135,7 +135,7 @@ def measure_on(args: argparse.Namespace, networks: list[Network], data: Cifar10 
             measurements.append(stack.enter_context(measuring(network.model.to(device), precision=args.precision)))
         for batches in stack.enter_context(closing(make_batches(args, data, networks, first, end))):
             for network, measurement, batch in zip(networks, measurements, batches, strict=True):
-                bar.set_description(network.label, refresh=False)
+                bar.set_description(network.label)
                 with named(network):
                     bar.update(measurement.add(batch))
     results = [measurement.result() for measurement in measurements]
