@@ -55,11 +55,11 @@ def test_dead_channels_beside_live_ones():
     check(moments, x, 1e-6)
 
 
-@pytest.mark.parametrize("shape", [(2048, 16, 32, 32), (1024, 512, 7, 7)])
+@pytest.mark.parametrize("shape", [(4096, 16, 32, 32), (512, 64, 56, 56)])
 def test_large_batches_in_channels_last(shape):
     x = torch.randn(shape).mul_(1.5).add_(4).contiguous(memory_format=torch.channels_last)
     expected = x.double().std(correction=0).item()
-    assert Moments.of(x).std == pytest.approx(expected, rel=1e-6)
+    assert Moments.of(x).std == pytest.approx(expected, rel=2e-7)  # runs of any length: 1e-6 and more
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
