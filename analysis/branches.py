@@ -49,6 +49,17 @@ class Blocks:
 
     blocks: list[Block] = field(default_factory=list)
 
+    @contextmanager
+    def whole_pass(self) -> Iterator[None]:
+        """Where the block raises, no residual block keeps what it took in."""
+        before = [block.moments.copy() for block in self.blocks]
+        try:
+            yield
+        except BaseException:
+            for block, moments in zip(self.blocks, before, strict=True):
+                block.moments = moments
+            raise
+
     def to_frame(self, network: str) -> pd.DataFrame:
         """One row a block: network, block (1-based), name, stage, branch_std, shortcut_std and ratio.
 

@@ -102,12 +102,15 @@ class Folded:
             response = response - shift
         self.sums.append((response.numel() // response.shape[1], *sums(response)))
 
-    def __call__(self, batch: Any) -> Any:
-        """The output for a batch; its responses are added. Raises Doubt, and adds nothing, where it cannot be sure."""
+    def __call__(self, batch: Any, read: Callable[[Any], Any] = lambda output: output) -> Any:
+        """What `read` makes of the output for a batch; its responses are added.
+
+        Raises Doubt, and adds nothing, where it cannot be sure. Any other error adds nothing either.
+        """
         self.sums.clear()
         try:
             with torch.inference_mode():
-                output = self.run(self.model, batch)
+                output = read(self.run(self.model, batch))
                 self.end_pass()
         finally:
             for pair in self.pairs:
@@ -207,8 +210,8 @@ def fold(model: nn.Module, record: Recording, batch: Any, run: Run) -> Folded:
             few = first_images(batch)
             with watching(twin) as watched, recording(twin, record.kernel_size, grouped=record.grouped) as proof:
                 expected = run(twin, few)
-            folded = Folded(twin, watched.foldable(proof.layers), proof.layers, run, channels_last=fastest)
-            if steps(proof.layers) != steps(record.layers):
+            folded = Folded(twin, watched.foldable(proof.passing), proof.passing, run, channels_last=fastest)
+            if steps(proof.passing) != steps(record.layers):
                 raise NotFolded("a copy of it runs other layers")
             compare_networks(folded, few, expected)
         except (NotFolded, Doubt) as reason:
@@ -236,15 +239,10 @@ def first_images(batch: Any) -> Any:
 @contextmanager
 def untouched(record: Recording) -> Iterator[None]:
     """Leave a record as it is, even if the copy calls modules of the network: a lambda in it may hold them."""
-    moments = [layer.moments for layer in record.layers]
     try:
         yield
     finally:
-        for layer, before in zip(record.layers, moments, strict=True):
-            layer.moments = before
-        record.position = 0
-        record.calls.clear()
-        record.outputs.clear()
+        record.drop_pass()
 
 
 @dataclass

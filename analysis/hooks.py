@@ -21,7 +21,7 @@ from torch import nn
 from analysis.folding import Doubt, Folded, NotFolded, fold, obstacle
 from analysis.frame import make_frame
 from analysis.pairs import Layer, Recording, is_wrapper, recording
-from analysis.running import compare_labels, count_images, device_of, run
+from analysis.running import Parts, compare_labels, count_images, device_of, run
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -64,7 +64,8 @@ def measure(
     """The std of every layer's response over all images: the frame, one row a layer (see analysis.frame).
 
     model: any network, on any device; it is left as it was. batches: image tensors (N, C, H, W), (images, labels), or
-    dicts of tensors that the network takes as keywords, already normalised. precision: `float32`, or `bfloat16` for
+    dicts of tensors that the network takes as keywords, already normalised; where memory is short, they run in
+    halves, and a line on stderr says so (not what `forward` runs). precision: `float32`, or `bfloat16` for
     autocast. kernel_size: of the convolutions that are measured. grouped: False leaves out convolutions of several
     groups. forward: runs the model on one batch of any other type, brings it to the model's device and returns the
     output; the images of a batch are counted from the first tensor in it. progress: called with the number of images
@@ -110,8 +111,9 @@ def measuring(
     device = device_of(model).type
     autocast = torch.autocast(device, PRECISIONS[precision], enabled=precision != "float32")
     why_not = "forward= runs the network" if forward else obstacle(model)
+    parts = Parts(name_of(model), "which forward= runs, so it is not split: make smaller ones" if forward else "")
     with evaluation(model), recording(model, kernel_size, grouped=grouped) as record:
-        measurement = Measurement(model, record, forward or run, why_not, autocast)
+        measurement = Measurement(model, record, forward or run, why_not, autocast, parts)
         yield measurement
         measurement.finish()
 
@@ -119,7 +121,8 @@ def measuring(
 class Measurement:
     """Runs batches: the first through the network itself, the others through a folded copy of it where that is right.
 
-    why_not: why it is not, where that is known before; empty where it may be.
+    why_not: why it is not, where that is known before; empty where it may be. parts: runs what does not fit in memory.
+    A batch that fails leaves no trace.
     """
 
     def __init__(
@@ -129,43 +132,55 @@ class Measurement:
         run: Callable[[nn.Module, Any], Any],
         why_not: str,
         autocast: torch.autocast,
+        parts: Parts,
     ) -> None:
         self.model, self.record, self.run, self.why_not = model, record, run, why_not
-        self.autocast = autocast
+        self.autocast, self.parts = autocast, parts
         self.first: Any = None  # the first batch, until the network is folded
         self.folded: Folded | None = None
         self.images = self.labelled = self.correct = 0
 
     def add(self, batch: Any) -> int:
-        """Measure one batch. Returns the number of its images."""
-        images = count_images(batch)
-        with self.autocast:
-            hits = compare_labels(self.output(batch), batch)
+        """Measure one batch, in parts where it does not fit into memory. Returns the number of its images."""
+        return sum(self.parts(batch, self.add_part))
+
+    def add_part(self, part: Any) -> int:
+        """Measure what runs at once. Returns the number of its images."""
+        images = count_images(part)
+        try:
+            with self.autocast:
+                labelled, correct = self.classify(part)
+        except BaseException:
+            self.record.drop_pass()
+            raise
         self.images += images
-        self.labelled += len(hits)
-        self.correct += int(hits.sum())
+        self.labelled += labelled
+        self.correct += correct
         return images
 
-    def output(self, batch: Any) -> Any:
-        """The output for one batch; its responses go into the record."""
-        if self.record.batch == 1 and not self.why_not:
+    def classify(self, part: Any) -> tuple[int, int]:
+        """How many labels there are, and are hit; the responses go into the record when all else is done."""
+
+        def hits(output: Any) -> tuple[int, int]:
+            found = compare_labels(output, part)
+            return len(found), int(found.sum())
+
+        if self.first is not None:
             self.try_to_fold()
         if self.folded is not None:
             try:
-                output = self.folded(batch)
+                counts: tuple[int, int] = self.folded(part, hits)
             except Doubt as reason:
                 self.why_not = f"from batch {self.record.batch + 1} on, {reason}"
                 self.finish()
             else:
                 self.record.batch += 1
-                return output
-        finished = self.record.batch
-        output = self.run(self.model, batch)
-        if self.record.batch == finished:  # `forward` ran parts of the model, so that the model's own hook did not
-            self.record.end_pass()
-        if finished == 0:
-            self.first = batch
-        return output
+                return counts
+        counts = hits(self.run(self.model, part))
+        self.record.end_pass()
+        if self.record.batch == 1 and not self.why_not:
+            self.first = part
+        return counts
 
     def try_to_fold(self) -> None:
         try:
@@ -240,12 +255,22 @@ class Result:
         return frame
 
 
-def network_in(model: nn.Module) -> tuple[str, int | None]:
-    """Kind and depth, without the wrappers around it."""
+def unwrapped(model: nn.Module) -> nn.Module:
     while is_wrapper(model):
         model = next(model.children())
-    config = getattr(model, "config", None)
+    return model
+
+
+def network_in(model: nn.Module) -> tuple[str, int | None]:
+    """Kind and depth, without the wrappers around it."""
+    config = getattr(unwrapped(model), "config", None)
     return getattr(config, "kind", "other"), getattr(config, "depth", None)
+
+
+def name_of(model: nn.Module) -> str:
+    """Such as `resnet-56`; the class of a network that is none of ours."""
+    model = unwrapped(model)
+    return str(getattr(getattr(model, "config", None), "name", type(model).__name__))
 
 
 def describe_layers(layers: list[Layer]) -> list[dict[str, object]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.processes import joined
-from models.messages import report
+from models.messages import is_out_of_memory, out_of_memory, report
 
 if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help does without
     import pandas as pd
@@ -31,10 +31,11 @@ def finish(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) 
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
-        if args.debug:
+    except Exception as error:
+        short = is_out_of_memory(error)
+        if args.debug or not (short or isinstance(error, ValueError | OSError)):
             raise
-        return report(error)
+        return report(out_of_memory(error) if short else error)
     return 0
 
 

@@ -70,7 +70,7 @@ class Recording:
     layers: list[Layer] = field(default_factory=list)
     unpaired: list[str] = field(default_factory=list)
     batch: int = 0  # passes finished
-    position: int = 0  # layers met in this pass
+    passing: list[Layer] = field(default_factory=list)  # met in this pass, which counts when it is over
     calls: list[Call] = field(default_factory=list)  # of convolutions in this pass
     outputs: MutableMapping[Tensor, tuple[Call, int]] = field(default_factory=WeakTensorKeyDictionary)  # and versions
     epsilons: dict[nn.Module, float] = field(default_factory=dict)  # of norms that are not torch's own
@@ -112,32 +112,41 @@ class Recording:
         moments = Moments.of(response)
         if not (torch.isfinite(moments.mean).all() and torch.isfinite(moments.m2).all()):
             raise ValueError(
-                f"NaN or infinity in the response of layer {self.position + 1} ({name}) in batch {self.batch + 1}: "
+                f"NaN or infinity in the response of layer {len(self.passing) + 1} ({name}) in batch {self.batch + 1}: "
                 "look at the weights and at the images"
             )
-        if self.batch == 0:
-            self.layers.append(Layer(name, norm, response.shape[2], response.shape[3], moments))
-        else:
-            layer = self.layers[self.position] if self.position < len(self.layers) else None
+        if self.batch:
+            layer = self.layers[len(self.passing)] if len(self.passing) < len(self.layers) else None
             if layer is None or (layer.name, layer.norm) != (name, norm):
                 raise self.other_path(f"{name} -> {norm} ran")
-            layer.moments = layer.moments.merge(moments)
-        self.position += 1
+        self.passing.append(Layer(name, norm, response.shape[2], response.shape[3], moments))
 
     def end_pass(self) -> None:
-        """A forward pass over a batch is over: one call of the network, or as many as its user makes of it."""
+        """A forward pass over a batch is over, and counts: one call of the network, or as many as its user makes."""
         missed = [call.name for call in self.calls if not call.paired]
-        self.unpaired = list(dict.fromkeys(self.unpaired + missed))
-        self.calls.clear()
-        self.outputs.clear()
-        if not self.layers:
+        if not (self.layers or self.passing):
             kernel = "x".join(map(str, self.kernel_size)) + ("" if self.grouped else " ungrouped")
             raise ValueError(
                 f"no {kernel} convolution whose output goes unchanged into a BN; the network ran {self.list_seen()}"
             )
-        if self.position < len(self.layers):
-            raise self.other_path(f"{self.layers[self.position].name} did not run")
-        self.batch, self.position = self.batch + 1, 0
+        if self.batch == 0:
+            self.layers = self.passing.copy()
+        elif len(self.passing) < len(self.layers):
+            raise self.other_path(f"{self.layers[len(self.passing)].name} did not run")
+        else:
+            pairs = zip(self.layers, self.passing, strict=True)
+            merged = [layer.moments.merge(new.moments) for layer, new in pairs]  # all of them, before any is set
+            for layer, moments in zip(self.layers, merged, strict=True):
+                layer.moments = moments
+        self.unpaired = list(dict.fromkeys(self.unpaired + missed))
+        self.batch += 1
+        self.drop_pass()
+
+    def drop_pass(self) -> None:
+        """Forget what was met since the last pass that is over."""
+        self.passing.clear()
+        self.calls.clear()
+        self.outputs.clear()
 
     def other_path(self, what: str) -> ValueError:
         return ValueError(

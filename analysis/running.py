@@ -1,13 +1,19 @@
-"""What a batch is: running a network on it, counting its images, and the labels that its output hits."""
+"""What a batch is: running a network on it, in parts where memory is short, its images, and the labels it hits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from models.messages import ROOM, is_out_of_memory
+
+T = TypeVar("T")
 BATCHES = "a tensor, (images, labels), or a dict of tensors that the network takes as keywords"
 
 
@@ -42,6 +48,60 @@ def count_images(batch: Any) -> int:
     if first is None or first.dim() == 0:
         raise ValueError(f"no tensor (N, ...) in a batch of type {type(batch).__name__}: its images cannot be counted")
     return len(first)
+
+
+class Parts:
+    """Does something with a batch; where it does not fit into memory, with its halves, and so on from there on.
+
+    what: it is done to, in a message. why_whole: why its batches cannot be split; empty where they can.
+    """
+
+    def __init__(self, what: str, why_whole: str = "") -> None:
+        self.what, self.why_whole = what, why_whole
+        self.most: float = math.inf  # images at a time
+
+    def __call__(self, batch: Any, attempt: Callable[[Any], T]) -> Iterator[T]:
+        """What `attempt` gives for each part of a batch. It must leave no trace where it raises for want of memory.
+
+        ValueError where one image does not fit, or a batch that cannot be split.
+        """
+        total = count_images(batch)
+        done = 0
+        while True:
+            size = int(min(self.most, total - done))
+            part = batch if size == total else part_of_batch(batch, total, done, done + size)
+            try:
+                result = attempt(part)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.halve(size, error)
+            else:
+                done += size
+                yield result
+                if done == total:
+                    return
+
+    def halve(self, size: int, error: BaseException) -> None:
+        """Say that so many images are too many, and take half of them from here on."""
+        if size == 1:
+            raise ValueError(f"{self.what}: out of memory at one image: {ROOM}") from error
+        if self.why_whole:
+            raise ValueError(f"{self.what}: out of memory at a batch of {size} images, {self.why_whole}") from error
+        self.most = size // 2
+        line = f"{self.what}: out of memory at {size} images at a time, going on with {self.most}"
+        tqdm.write(line, file=sys.stderr)  # above a progress bar, where there is one
+
+
+def part_of_batch(batch: Any, total: int, first: int, end: int) -> Any:
+    """Images `first` to before `end` of a batch of `total`: a tensor, or such tensors in a tuple, list or dict."""
+    if isinstance(batch, Tensor):
+        return batch[first:end] if batch.dim() and len(batch) == total else batch
+    if isinstance(batch, Mapping):
+        return {key: part_of_batch(value, total, first, end) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return [part_of_batch(value, total, first, end) for value in batch]
+    return batch
 
 
 def compare_labels(output: Any, batch: Any) -> Tensor:

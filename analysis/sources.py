@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from functools import reduce
+from functools import partial, reduce
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -184,7 +184,7 @@ def measure_blocks(args: argparse.Namespace, plan: Plan) -> pd.DataFrame | None:
 
     from analysis.branches import recording_blocks
     from analysis.hooks import evaluation
-    from analysis.running import run
+    from analysis.running import Parts, run
 
     if plan.data is None:
         return None
@@ -193,14 +193,16 @@ def measure_blocks(args: argparse.Namespace, plan: Plan) -> pd.DataFrame | None:
         records = []
         for network in plan.networks:
             stack.enter_context(evaluation(network.model))
-            records.append((network, stack.enter_context(recording_blocks(network.model))))
-        records = [(network, record) for network, record in records if record.blocks]
-        networks = [network for network, _ in records]
+            record = stack.enter_context(recording_blocks(network.model))
+            if record.blocks:
+                records.append((network, record, Parts(network.label)))
+        networks = [network for network, _, _ in records]
         for batches in make_batches(args, plan.data, networks, 0, total) if networks else ():
-            for network, batch in zip(networks, batches, strict=True):
-                run(network.model, batch)
+            for (network, record, parts), batch in zip(records, batches, strict=True):
+                with named(network):
+                    list(parts(batch, record.whole_pass()(partial(run, network.model))))
     frames = []
-    for network, record in records:
+    for network, record, _ in records:
         with named(network):
             frames.append(record.to_frame(network.label))
     return pd.concat(frames) if frames else None
@@ -221,18 +223,23 @@ def make_batches(
     """
     import torch
 
+    from analysis.running import Parts
     from models.images import ImageFolder
     from models.resnet import SIZES
+
+    def normalise(part: Sequence[Tensor]) -> list[Tensor | tuple[Tensor, Tensor]]:
+        batches: list[Tensor | tuple[Tensor, Tensor]] = []
+        for network in networks:
+            assert network.checkpoint.preprocessing is not None  # recognised at the latest, as there are images
+            x = network.checkpoint.preprocessing(part[0])
+            labelled = len(part) > 1 and not (folder and folder.classes != classes(network))
+            batches.append((x, part[1]) if labelled else x)
+        return batches
 
     folder = data if isinstance(data, ImageFolder) else None
     side = SIZES["imagenet" if folder else "cifar"]
     size = args.batch_size or default_batch_size(side, device_of(args).type)
-    few = min(first + FEW, end)
+    few, parts = min(first + FEW, end), Parts("images")
     for images, labels in chain(data.batches(size, first, few), data.batches(size, few, end)):
-        batches: list[Tensor | tuple[Tensor, Tensor]] = []
-        for network in networks:
-            assert network.checkpoint.preprocessing is not None  # recognised at the latest, as there are images
-            x = network.checkpoint.preprocessing(images)
-            labelled = labels is not None and not (folder and folder.classes != classes(network))
-            batches.append((x, torch.from_numpy(labels)) if labelled else x)
-        yield batches
+        arrays = [images] if labels is None else [images, labels]
+        yield from parts([torch.from_numpy(array) for array in arrays], normalise)

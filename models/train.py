@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from models.messages import is_out_of_memory, one_line, out_of_memory
 from models.recipe import DECAY, WARM_UP_DEPTH, Fault, Recipe
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help does not need it: functions import it
@@ -151,11 +152,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         train_all(args)
-    except (Fault, OSError, KeyboardInterrupt) as error:
-        if args.debug:
+    except (Exception, KeyboardInterrupt) as error:
+        short = is_out_of_memory(error)
+        if args.debug or not (short or isinstance(error, Fault | OSError | KeyboardInterrupt)):
             raise
-        print(f"models.train: {str(error) or 'stopped by SIGINT'}", file=sys.stderr)
-        return 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "status", 1)
+        said = one_line(out_of_memory(error)) if short else str(error) or "stopped by SIGINT"
+        print(f"models.train: {said}", file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 2 if short else getattr(error, "status", 1)
     return 0
 
 

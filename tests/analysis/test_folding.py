@@ -73,6 +73,7 @@ def test_a_bottleneck_with_all_its_kernels():
     assert len(frame) == 3
     with recording(network) as record, torch.no_grad():
         hooks.run(network, images(2, 64, 16))
+        record.end_pass()
         folded = folding.fold(network, record, images(2, 64, 16), hooks.run)
     assert len(folded.pairs) == 10
     assert all(folding_is_in(pair) for pair in folded.pairs)

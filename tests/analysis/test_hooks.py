@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import analysis
+from analysis import hooks
 from models import build, load
 from tests.conftest import ROOT
 
@@ -313,3 +314,112 @@ def test_no_images():
 def test_a_network_without_convolutions():
     with pytest.raises(ValueError, match="the network ran no convolution and no BN that hooks could see"):
         analysis.measure(nn.Linear(3, 3), [torch.zeros(1, 3)])
+
+
+# Where memory is short
+
+
+def short_of_memory(network, most, error, monkeypatch, fails_in="layer3.0.conv2"):
+    """No more than so many images fit: the convolution of that name raises, after others were measured."""
+    name = dict(network.named_modules())[fails_in].weight.shape
+    forward, raised = nn.Conv2d.forward, []
+
+    def limited(self, x):
+        if self.weight.shape == name and len(x) > most:
+            raised.append(len(x))
+            raise error
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.Conv2d, "forward", limited)
+    return raised
+
+
+SHORT = [
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", SHORT, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("folded", [True, False], ids=["folded", "hooks"])
+def test_a_batch_that_does_not_fit_is_run_in_halves(folded, error, monkeypatch, capsys):
+    network = with_statistics(build("resnet-8")).double()
+    network.register_forward_hook(lambda *args: None) if not folded else None
+    x, labels = torch.randn(43, 3, 32, 32).double(), torch.arange(43) % 10
+    batches = [(x[:2], labels[:2]), (x[2:22], labels[2:22]), (x[22:39], labels[22:39]), (x[39:], labels[39:])]
+    expected = analysis.measure(network, batches)
+    raised = short_of_memory(network, 7, error, monkeypatch)
+    frame = analysis.measure(network, batches)
+    assert raised == [20, 10]  # once each, and never a larger batch again
+    assert capsys.readouterr().err.splitlines() == [
+        "resnet-8: out of memory at 20 images at a time, going on with 10",
+        "resnet-8: out of memory at 10 images at a time, going on with 5",
+    ]
+    assert frame["count"].tolist() == expected["count"].tolist()
+    assert set(frame["images"]) == {43}
+    assert frame.attrs == expected.attrs
+    for column in ("mean", "std", "within", "between"):
+        assert frame[column].tolist() == pytest.approx(expected[column].tolist(), rel=1e-12, abs=1e-12), column
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2])
+def test_a_batch_that_fails_leaves_no_trace(batch, monkeypatch):
+    network = with_statistics(build("resnet-8")).double()
+    batches = list(torch.randn(3, 4, 3, 32, 32).double())
+    expected = analysis.measure(network, batches)
+    with monkeypatch.context() as patch, hooks.measuring(network) as measurement:
+        for number, x in enumerate(batches):
+            if number == batch:
+                short_of_memory(network, 0, ZeroDivisionError("any"), patch)
+                with pytest.raises(ZeroDivisionError):
+                    measurement.add(x)
+                patch.undo()
+            measurement.add(x)
+    assert measurement.result().to_frame("network")["std"].tolist() == pytest.approx(
+        expected["std"].tolist(), rel=1e-12
+    )
+
+
+def test_an_output_that_does_not_fit_is_not_measured_twice(monkeypatch, capsys):
+    network = with_statistics(build("resnet-8")).double()
+    batches = [(x, torch.zeros(6, dtype=torch.long)) for x in torch.randn(3, 6, 3, 32, 32).double()]
+    compare = hooks.compare_labels
+
+    def limited(output, batch):
+        if len(output) > 3:
+            raise MemoryError
+        return compare(output, batch)
+
+    monkeypatch.setattr(hooks, "compare_labels", limited)
+    frame = analysis.measure(network, batches)
+    assert set(frame["count"] / frame["channels"] / frame["height"] / frame["width"]) == {18}
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_one_image_that_does_not_fit(monkeypatch):
+    network = with_statistics(build("resnet-8")).double()
+    short_of_memory(network, 0, MemoryError(), monkeypatch)
+    said = "resnet-8: out of memory at one image: take another device, fewer images at a time, a smaller network, or "
+    with pytest.raises(ValueError, match=said):
+        analysis.measure(network, [torch.randn(2, 3, 32, 32).double()])
+
+
+def test_a_dictionary_is_split_and_what_forward_runs_is_not(monkeypatch, capsys):
+    network = with_statistics(build("resnet-8")).double()
+    x = torch.randn(6, 3, 32, 32).double()
+    expected = analysis.measure(network, [x])
+    short_of_memory(network, 3, MemoryError(), monkeypatch)
+    frame = analysis.measure(network, [{"x": x}])
+    assert frame["std"].tolist() == pytest.approx(expected["std"].tolist(), rel=1e-12)
+    with pytest.raises(ValueError, match="at a batch of 6 images, which forward= runs, so it is not split: make small"):
+        analysis.measure(network, [x], forward=lambda model, batch: model(batch))
+
+
+def test_another_error_is_not_taken_for_want_of_memory(monkeypatch, capsys):
+    network = with_statistics(build("resnet-8")).double()
+    raised = short_of_memory(network, 3, RuntimeError("mat1 and mat2 shapes cannot be multiplied"), monkeypatch)
+    with pytest.raises(RuntimeError, match="mat1"):
+        analysis.measure(network, [torch.randn(6, 3, 32, 32).double()])
+    assert raised == [6]
+    assert capsys.readouterr().err == ""

@@ -1,6 +1,9 @@
+import argparse
+import re
+
 import pytest
 
-from analysis.outputs import write_files
+from analysis.outputs import finish, write_files
 
 
 def test_all_files_or_none(tmp_path):
@@ -17,3 +20,29 @@ def test_what_was_written_is_said(tmp_path):
         f"\nwrote {tmp_path}/new/a.csv\nwrote {tmp_path}/new/b.json"
     )
     assert [path.read_bytes() for path in sorted((tmp_path / "new").iterdir())] == [b"1", b"2"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "end other programs"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            r"allocate 9 bytes\)",
+        ),
+    ],
+)
+def test_want_of_memory_is_one_line(error, said, capsys):
+    def run(args):
+        raise error
+
+    assert finish(run, argparse.Namespace(device="cpu", debug=False)) == 2
+    assert re.fullmatch(rf"error: out of memory: take another device, .*{said}\n", capsys.readouterr().err)
+
+
+def test_a_defect_is_not_taken_for_bad_input():
+    def run(args):
+        raise RuntimeError("a defect")
+
+    with pytest.raises(RuntimeError, match="a defect"):
+        finish(run, argparse.Namespace(device="cpu", debug=False))

@@ -251,3 +251,15 @@ def test_interrupted_before_the_training(monkeypatch, capsys):
     monkeypatch.setattr(train, "load_data", load)
     assert train.main(["--depth", "8"]) == 130
     assert capsys.readouterr().err == "models.train: stopped by SIGINT\n"
+
+
+def test_want_of_memory_is_one_line_and_2(made_up_data, monkeypatch, tmp_path, capsys):
+    def run(*args):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("models.training.run", run)
+    assert train.main([*COMMAND, "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        "models.train: out of memory: take another device, fewer images at a time, a smaller network, or end other "
+        "programs (CUDA out of memory. Tried to allocate 2.00 GiB)\n"
+    )
