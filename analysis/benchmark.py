@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -264,10 +265,19 @@ def peak_of(job: Job, way: str, names: list[str]) -> float | None:
     None where that process is killed, as it is for want of memory.
     """
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process to answer
         try:
-            return pool.submit(run_alone, job, way, names).result()
+            peak = pool.submit(run_alone, job, way, names)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            return peak.result()
         except BrokenProcessPool:
             return None
+        except KeyboardInterrupt:
+            for child in active_children():
+                child.kill()  # to wait for what it measures could take minutes
+            raise
 
 
 def run_alone(job: Job, way: str, names: list[str]) -> float:

@@ -29,7 +29,7 @@ def finish(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) 
         with joined(args.device):
             run(args)
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        print("interrupted: no file is half-written", file=sys.stderr)
         return 130
     except Exception as error:
         short = is_out_of_memory(error)
@@ -41,14 +41,14 @@ def finish(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> str:
     """Write files into a folder, all of them or none. Returns lines that say so."""
-    from models.files import replacing
+    from models.files import replacing, uninterrupted
 
     for name in files:
         if (folder / name).is_dir():
             raise ValueError(
                 f"{folder / name} is a folder, and a result has this name: move it away, or name another --out"
             )
-    with ExitStack() as stack:
+    with uninterrupted(), ExitStack() as stack:
         for name, content in files.items():
             stack.enter_context(replacing(folder / name)).write_bytes(content)
     return "\n" + "\n".join(f"wrote {folder / name}" for name in files)

@@ -6,11 +6,15 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import signal
 import sys
+from types import FrameType, TracebackType
+from typing import NoReturn
 
 LENGTH = 800  # characters
 SHORT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")  # torch's words
-
 ROOM = "take another device, fewer images at a time, a smaller network, or end other programs"  # where memory is short
 
 
@@ -42,3 +46,34 @@ def report(error: BaseException | str) -> int:
     """Print the message of an error that ends a command; its exit status."""
     print(f"error: {one_line(error)}", file=sys.stderr)
     return 2
+
+
+def answer_interrupts() -> None:
+    """For a command that begins: Ctrl-C where no `except` of ours is, as in imports, is one line and status 130 too.
+
+    In the middle of an import the process ends at once: there is nothing to clean up, and torch's modules swallow a
+    KeyboardInterrupt, or make another error of it.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                end_interrupted()
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    def answer(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            end_interrupted()
+        sys.__excepthook__(kind, error, traceback)
+
+    signal.signal(signal.SIGINT, interrupt)
+    sys.excepthook = answer
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # all is done and said by then
+
+
+def end_interrupted() -> NoReturn:
+    """Say so, and end the process, whatever runs in it."""
+    sys.stdout.flush()
+    print("interrupted", file=sys.stderr, flush=True)
+    os._exit(130)

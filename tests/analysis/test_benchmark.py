@@ -229,7 +229,7 @@ def test_debug_shows_the_traceback_and_ctrl_c_writes_nothing(tmp_path, capsys, m
 
     monkeypatch.setattr(benchmark, "measure_job", interrupt)
     assert run(tmp_path, "--networks", "resnet-8") == 130
-    assert capsys.readouterr().err == "interrupted: nothing was written\n"
+    assert capsys.readouterr().err == "interrupted: no file is half-written\n"
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -418,7 +418,7 @@ def test_ctrl_c_writes_nothing(files, images, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("analysis.hooks.Measurement.add", interrupt)
     assert run("--checkpoint", files["resnet-8"], "--data", images, "--out", tmp_path / "out") == 130
-    assert "interrupted: nothing was written" in capsys.readouterr().err
+    assert "interrupted: no file is half-written" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
 
 
