@@ -14,8 +14,9 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import pairwise
+from math import ceil, inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help 
 
 CONFIG, METRICS = "config.json", "metrics.csv"  # in a run's folder
 CAPTION = "Std of the responses, layer by layer, and its mean, with the steps of the learning rate"
+HUGE = 1e38  # float32 ends there
 A_RUN = "a run is a folder that python -m models.train makes, such as runs/resnet-20-64000-seed0"
 
 
@@ -94,28 +96,43 @@ def read_config(folder: Path) -> Recipe:
     if not path.exists():
         raise FileNotFoundError(f"{folder}: no {CONFIG} in it; {A_RUN}")
     try:
-        return Recipe(**json.loads(path.read_text(encoding="utf-8")))
+        recipe = Recipe(**json.loads(path.read_text(encoding="utf-8")))
+        check_recipe(recipe)
+        return recipe
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged ({error}); restore it: a snapshot's card holds the same values") from error
 
 
+def check_recipe(recipe: Recipe) -> None:
+    """ValueError where a value is not of its type, or could be of no run."""
+    from models.resnet import KINDS
+
+    for entry in fields(recipe):
+        value = getattr(recipe, entry.name)
+        if type(value).__name__ != entry.type or (entry.type != "str" and not abs(value) < 2**62):
+            raise ValueError(f"{entry.name} is {value!r}")
+    if recipe.kind not in KINDS.values() or recipe.depth < 8 or recipe.iterations < 1:
+        raise ValueError(f"it says kind {recipe.kind!r}, depth {recipe.depth} and {recipe.iterations} iterations")
+
+
 def read_metrics(folder: Path) -> pd.DataFrame:
     """The epochs of the run in a folder: columns iteration, lr, mean_std; no rows where there are none yet."""
-    import numpy as np
     import pandas as pd
+
+    from analysis.frame import read_columns
 
     columns = ["iteration", "lr", "mean_std"]
     path = folder / METRICS
     if not path.exists():
         return pd.DataFrame(columns=columns, dtype=float)
     try:
-        epochs = pd.read_csv(path)
-        if missing := [column for column in columns if column not in epochs]:
+        there = read_columns(path) if path.stat().st_size else columns  # of an empty file pandas says that it is
+        if missing := [column for column in columns if column not in there]:
             raise ValueError(f"no column {missing[0]}")
-        epochs = epochs[columns].astype(float)
-        if not np.isfinite(epochs).all(axis=None) or not (epochs["iteration"].diff()[1:] > 0).all():
+        epochs = pd.read_csv(path)[columns].astype(float)
+        if not (epochs.abs() < HUGE).all(axis=None) or not (epochs["iteration"].diff()[1:] > 0).all():
             raise ValueError("the iterations do not ascend, or not all numbers are finite")
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"{path}: damaged ({error}); move it away, and the snapshots are drawn without it") from error
     return epochs
 
@@ -155,9 +172,14 @@ def training_card(checkpoint: Checkpoint) -> dict[str, Any]:
 def check_snapshot(checkpoint: Checkpoint, recipe: Recipe) -> None:
     """ValueError unless a file is a snapshot of the run with this recipe."""
     card = training_card(checkpoint)
-    if type(card.get("iteration")) is not int or type(card.get("current_lr")) is not float:
+    if not (type(card.get("iteration")) is int and type(card.get("current_lr")) is float):
         raise ValueError(
             f"{checkpoint.path}: no snapshot: its card does not say iteration and learning rate; move it away"
+        )
+    if not (0 <= card["iteration"] <= recipe.iterations and 0 <= card["current_lr"] < inf):
+        raise ValueError(
+            f"{checkpoint.path}: damaged: its card says iteration {card['iteration']} of {recipe.iterations} at a "
+            f"learning rate of {card['current_lr']}; move it away"
         )
     for name, value in asdict(recipe).items():
         if card.get(name) != value:
@@ -219,9 +241,11 @@ def find_steps(recipe: Recipe, known: Sequence[tuple[int, float]]) -> list[tuple
     """
     warm = [iteration for iteration, rate in known if rate < recipe.learning_rate(iteration, False)]
     later = [iteration for iteration, _ in known if warm and iteration > max(warm)]
-    end = min(later, default=recipe.iterations) if warm else 0
-    rates = [recipe.learning_rate(iteration, iteration < end) for iteration in range(recipe.iterations)]
-    return [(i, rate) for i, rate in enumerate(rates) if i == 0 or rate != rates[i - 1]]
+    end = ceil(min(later, default=recipe.iterations)) if warm else 0
+    drops = -(-recipe.iterations // 2), -(-3 * recipe.iterations // 4)
+    starts = sorted(start for start in {0, end, *drops} if start < recipe.iterations)
+    rates = [(start, recipe.learning_rate(start, start < end)) for start in starts]
+    return [rates[0], *(after for before, after in pairwise(rates) if after[1] != before[1])]
 
 
 def describe_run(args: argparse.Namespace, plan: Plan, frames: Sequence[pd.DataFrame]) -> dict[str, Any]:

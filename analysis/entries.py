@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 from analysis.inputs import Found, check_label, split_label
 from analysis.outputs import describe_network
 from analysis.processes import leave, together
+from models.messages import is_plain
 
 if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help does without
     import pandas as pd
     from torch import Tensor
+
+HUGE = 1e38  # float32 ends there
 
 
 @dataclass
@@ -122,13 +125,11 @@ def read_frames(path: Path, sources: list[str] | None) -> dict[str, pd.DataFrame
     sources: which one is wanted, where the file has both; without, the first of each network is taken. ValueError, with
     the path, where the file is not whole or was edited.
     """
-    import pandas as pd
-
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a frame is the responses.csv of analysis.responses")
     try:
         frame = read_frame(path)
-    except (ValueError, TypeError, UnicodeDecodeError, pd.errors.ParserError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{path}: not a frame of analysis.responses: {error}") from error
     networks: dict[str, pd.DataFrame] = {}
     for name, layers in frame.groupby("network", sort=False):
@@ -150,20 +151,26 @@ def read_frame(path: Path) -> pd.DataFrame:
     import numpy as np
     import pandas as pd
 
-    from analysis.frame import COLUMNS, INTEGERS
+    from analysis.frame import COLUMNS, INTEGERS, read_columns
 
     text = ["network", "kind", "name", "norm", "source"]
+    columns = read_columns(path)
+    if columns != list(COLUMNS):
+        raise ValueError(f"its columns are {', '.join(columns)[:200]}")
     frame = pd.read_csv(path, dtype=dict.fromkeys(text, str))
-    if list(frame.columns) != list(COLUMNS):
-        raise ValueError(f"its columns are {', '.join(map(str, frame.columns))[:200]}")
     if frame.empty:
         raise ValueError("it has no rows")
     if (empty := frame[[*text, "layer", "stage", "channels"]].isna()).any(axis=None):
         row, column = np.argwhere(empty.to_numpy())[0]
         raise ValueError(f"no {empty.columns[column]} in line {row + 2}")
+    for column in text:
+        if odd := [word for word in frame[column].unique() if not is_plain(word)]:
+            raise ValueError(f"{odd[0][:80]!r} in column {column} is unprintable, or a formula for a spreadsheet")
     frame = frame.astype(dict.fromkeys(INTEGERS, "Int64"))
-    std, within, between = frame[["std", "within", "between"]].astype(float).to_numpy().T
-    sound = np.isclose(std**2, within**2 + between**2, rtol=1e-6) & (np.minimum(std, np.minimum(within, between)) >= 0)
+    numbers = frame[["mean", "std", "within", "between"]].astype(float).to_numpy()
+    mean, std, within, between = numbers.T
+    sound = np.isclose(std, np.hypot(within, between), rtol=1e-6) & (np.minimum(std, np.minimum(within, between)) >= 0)
+    sound &= (np.abs(numbers) < HUGE).all(axis=1)
     if not sound.all():
         row = frame[~sound].iloc[0]
         raise ValueError(

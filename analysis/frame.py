@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pandas as pd
 
@@ -25,6 +26,20 @@ COLUMNS = (
     *("channels", "height", "width", "images", "count"),
     *("mean", "std", "within", "between", "source"),
 )
+
+LINE = 4096  # characters: of the names of the columns
+LARGEST = 64 * 2**20  # bytes of a CSV file: a row is a layer, and has some 200
+
+
+def read_columns(path: Path) -> list[str]:
+    """The names in the first line of a CSV file. ValueError for a file or a line with which pandas would not end."""
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"it has more than {LARGEST:,} bytes")
+    with open(path, encoding="utf-8-sig") as file:
+        line = file.readline(LINE)
+    if len(line) == LINE:
+        raise ValueError(f"its first line has no end within {LINE:,} characters")
+    return [name.strip(' "') for name in line.rstrip("\n").split(",")]
 
 
 def make_frame(rows: Sequence[dict[str, object]] | pd.DataFrame, **constants: object) -> pd.DataFrame:

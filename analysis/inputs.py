@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.processes import together
+from models.messages import is_plain
 
 if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help does without
     from torch import nn
@@ -26,7 +27,7 @@ if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help 
     from models.cifar10 import Cifar10
     from models.images import ImageFolder
 
-LABEL = "[^=+@-].{0,79}"
+LABEL = 80  # characters at most
 SAMPLE = 64  # images of 224x224 pixels by which a network is recognised
 
 
@@ -188,7 +189,7 @@ def choose_label(item: Found, checkpoint: Checkpoint, taken: set[str]) -> str:
 
 def check_label(label: str) -> str:
     """The label itself. ValueError where it could not stand in a table, a legend and a file."""
-    if not re.fullmatch(LABEL, label) or not label.isprintable():
+    if not 0 < len(label) <= LABEL or not is_plain(label):
         raise ValueError(
             f"{label!r} is no label: 1 to 80 printable characters, not beginning with = + - @ (spreadsheets take that "
             "for a formula); name it, LABEL=PATH"

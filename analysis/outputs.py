@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,7 +27,8 @@ UNDATED = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}  # the same fig
 def finish(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
     """Run a command. Returns its exit status: 0, 2 with one line for bad input, 130 after Ctrl-C."""
     try:
-        with joined(args.device):
+        with joined(args.device), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")  # of a damaged image the error says enough
             run(args)
     except KeyboardInterrupt:
         print("interrupted: no file is half-written", file=sys.stderr)

@@ -93,6 +93,7 @@ def load(
         raise FileNotFoundError(f"{path}: no such file; {EXPECTED}")
     tensors, card, copy = read(path, ema)
     try:
+        check_card(card)
         state = {name: tensor for name, tensor in tensors.items() if name not in (MEAN, STD)}
         models = [adopt(model, state)] if model else find_networks(rename(state), card, kind, need_model)
         normalisations = known_preprocessing(normalize, tensors, card, images)
@@ -302,7 +303,7 @@ def known_preprocessing(
     """
     stored = None
     if MEAN in tensors and STD in tensors:
-        stored = Preprocessing(str(card.get("preprocessing", PER_PIXEL)), tensors[MEAN], tensors[STD])
+        stored = Preprocessing(card.get("preprocessing", PER_PIXEL), tensors[MEAN], tensors[STD])
     if name is None:
         return [stored] if stored else []
     if name in PRESETS:
@@ -312,3 +313,10 @@ def known_preprocessing(
     if stored is not None and stored.name == PER_PIXEL:
         return [stored]
     return [per_pixel(mean_image(images))] if images is not None else []
+
+
+def check_card(card: dict[str, Any]) -> None:
+    """ValueError where a card's preprocessing is none that we know."""
+    for key, known in (("preprocessing", (*PRESETS, PER_PIXEL)), ("crop_padding", PADDINGS)):
+        if card.get(key, known[0]) not in known:
+            raise ValueError(f"its card says {key} {card[key]!r}, which is none of {', '.join(known)}")

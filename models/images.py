@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,11 +23,13 @@ from typing import Any
 
 import numpy as np
 from PIL import UnidentifiedImageError
-from PIL.Image import DecompressionBombError, DecompressionBombWarning, Image, Resampling, fromarray
+from PIL.Image import MAX_IMAGE_PIXELS, Image, Resampling, fromarray
 from PIL.Image import open as open_image
 
 RESIZE, CROP = 256, 224  # pixels: of the shorter side; of both sides
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # of Pillow's others, some call programs
+LARGEST = 256 * 2**20  # bytes of a file
 AHEAD = 2  # batches decoded before they are needed
 
 
@@ -110,18 +111,15 @@ class ImageFolder:
     def decode(self, file: Path) -> np.ndarray:
         """One image (224, 224, 3) uint8 RGB. ValueError, with the path, where it cannot be read."""
         try:
+            if file.stat().st_size > LARGEST:
+                raise ValueError(f"more than {LARGEST:,} bytes")
             content = file.read_bytes()
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", DecompressionBombWarning)
-                with open_image(BytesIO(content)) as image:
-                    cropped = crop(image)
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            DecompressionBombError,
-            DecompressionBombWarning,
-        ) as error:
+            with open_image(BytesIO(content), formats=FORMATS) as image:
+                pixels, limit = image.width * image.height, MAX_IMAGE_PIXELS
+                if limit and pixels > limit:
+                    raise ValueError(f"Image size ({pixels} pixels) exceeds limit of {limit} pixels")
+                cropped = crop(image)
+        except Exception as error:  # a damaged image raises anything
             reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
             raise ValueError(f"{file}: damaged, too large or no image ({reason}); remove it from the folder") from error
         self.digests[file] = hashlib.sha256(content).digest()
@@ -129,15 +127,22 @@ class ImageFolder:
 
 
 def is_image(file: Path) -> bool:
-    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
 
 
 def crop(image: Image) -> np.ndarray:
     """The shorter side to 256 pixels, the central 224x224: uint8 (224, 224, 3) RGB."""
-    if image.mode in ("I;16", "I;16B", "I"):  # Pillow clips 16 bits to 8 instead of scaling them
-        image = fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
     width, height = image.size
     side = min(width, height) * CROP / RESIZE
     left, top = (width - side) / 2, (height - side) / 2
     box = (left, top, left + side, top + side)  # in one step: a narrow image grows to no gigabytes on the way
-    return np.asarray(image.convert("RGB").resize((CROP, CROP), Resampling.BILINEAR, box=box))
+    return np.asarray(as_rgb(image).resize((CROP, CROP), Resampling.BILINEAR, box=box))
+
+
+def as_rgb(image: Image) -> Image:
+    """8 bits a channel, whatever the image has: 16 bits are scaled, transparency is left out."""
+    if image.mode in ("I;16", "I;16B", "I"):  # Pillow clips 16 bits to 8 instead of scaling them
+        image = fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
+    if "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")

@@ -6,21 +6,26 @@ A finder gives the files of a split, or none where the path is not of its layout
 
 from __future__ import annotations
 
+import gzip
 import io
-import pickle
 import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
+
+from models.pickles import Array, Refused, read_pickle
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BATCHES = {"test": ("test_batch",), "train": tuple(f"data_batch_{i}" for i in range(1, 6))}  # official versions
 SHAPE = (32, 32, 3)  # H, W, C
 PIXELS = 32 * 32 * 3  # bytes of an image
+ROWS = 50_000  # images in the larger split: more are in no file of it
+LARGEST = 64 * 2**20  # bytes that are taken in at once: an official batch has 31 MB
 
 Decoded = tuple[np.ndarray, np.ndarray | None]
 Finder = Callable[[Path, str], list[Path]]
@@ -38,32 +43,59 @@ class WrongSize(ValueError):
 def find_parquet(path: Path, split: str) -> list[Path]:
     if path.is_file():
         return [path] if path.suffix == ".parquet" else []
-    return sorted(path.glob(f"{split}*.parquet")) or sorted(path.glob(f"*/{split}*.parquet"))
+    found = ([file for file in path.glob(f"{place}{split}*.parquet") if file.is_file()] for place in ("", "*/"))
+    return sorted(next(found)) or sorted(next(found))
 
 
 def decode_parquet(files: list[Path], split: str) -> Decoded:
-    import pyarrow
+    parts: list[Decoded] = [(np.empty((0, *SHAPE), np.uint8), np.empty(0, np.int64))]
+    for file in files:
+        for first, pngs, labels in parse_parquet(file):
+            named = ((f"{file}: image {i}", io.BytesIO(png)) for i, png in enumerate(pngs, first))
+            parts.append((decode_images(named, len(pngs)), labels))
+    return join(parts)
+
+
+def parse_parquet(file: Path) -> Iterator[tuple[int, list[bytes], np.ndarray]]:
+    """Some rows at a time: the number of the first, encoded images and labels."""
+    from pyarrow import ArrowException
+
+    first = 0
+    try:
+        for cells, labels in read_parquet(file):
+            pngs = [cell["bytes"] for cell in cells]
+            if not {type(png) for png in pngs} <= {bytes}:
+                raise TypeError("an image that is not there")
+            yield first, pngs, as_labels(labels)
+            first += len(pngs)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file}: no columns img (struct with bytes) and label; this is not the layout of uoft-cs/cifar10"
+        ) from error
+    except (ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # it could not be opened
+            raise
+        raise ValueError(f"{file}: damaged or truncated parquet file; copy or download it again") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def read_parquet(file: Path) -> Iterator[tuple[list[Any], list[Any]]]:
+    """The cells of both columns, so many at a time that they fit into memory if each is as large as all together.
+
+    A file of kilobytes may say in each row that it holds the same megabytes.
+    """
     from pyarrow import parquet
 
-    pngs: list[bytes] = []
-    labels: list[np.ndarray] = []
-    for file in files:
-        try:
-            table = parquet.read_table(file)
-            column = "img" if "img" in table.column_names else "image"
-            pngs += [cell["bytes"] for cell in table[column].to_pylist()]
-            labels.append(as_labels(table["label"].to_pylist()))
-        except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{file}: damaged or truncated parquet file; copy or download it again") from error
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{file}: no columns img (struct with bytes) and label; this is not the layout of uoft-cs/cifar10"
-            ) from error
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
-    return decode_images(((f"image {i}", io.BytesIO(png)) for i, png in enumerate(pngs)), len(pngs)), np.concatenate(
-        labels
-    )
+    with parquet.ParquetFile(file) as table:
+        column = "img" if "img" in table.schema_arrow.names else "image"
+        groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
+        if table.metadata.num_rows > ROWS or any(group.total_byte_size > 4 * LARGEST for group in groups):
+            raise ValueError("far larger than CIFAR-10")
+        for i, group in enumerate(groups):
+            size = max(1, LARGEST // max(1, group.total_byte_size))
+            for rows in table.iter_batches(size, row_groups=[i], columns=[f"{column}.bytes", "label"]):
+                yield rows[column].to_pylist(), rows["label"].to_pylist()
 
 
 def find_python(path: Path, split: str) -> list[Path]:
@@ -81,11 +113,17 @@ def find_batches(path: Path, folder: str, names: Iterable[str]) -> list[Path]:
 
 
 def decode_python(files: list[Path], split: str) -> Decoded:
-    return join(parse_python(file.read_bytes(), str(file)) for file in files)
+    return join(parse_python(read_bytes(file), str(file)) for file in files)
 
 
 def decode_binary(files: list[Path], split: str) -> Decoded:
-    return join(parse_binary(file.read_bytes(), str(file)) for file in files)
+    return join(parse_binary(read_bytes(file), str(file)) for file in files)
+
+
+def read_bytes(file: Path) -> bytes:
+    if file.stat().st_size > LARGEST:
+        raise ValueError(f"{file}: far larger than a batch of CIFAR-10")
+    return file.read_bytes()
 
 
 def find_archive(path: Path, split: str) -> list[Path]:
@@ -101,20 +139,42 @@ def decode_archive(files: list[Path], split: str) -> Decoded:
     parsers |= {f"{name}.bin": parse_binary for name in BATCHES[split]}
     batches = {}
     try:
-        with tarfile.open(file) as archive:
+        with decompressed(file) as content, tarfile.open(fileobj=content, mode="r:") as archive:
             for member in archive:
                 name = Path(member.name).name
                 if member.isfile() and name in parsers:
-                    if member.size > 64 * 2**20:
+                    if member.size > LARGEST:
                         raise ValueError(f"{file}: {member.name} is far larger than a batch of CIFAR-10")
-                    content = archive.extractfile(member)
-                    assert content is not None  # a regular file has content
-                    batches[name] = parsers[name](content.read(), f"{file}: {member.name}")
+                    batch = archive.extractfile(member)
+                    assert batch is not None  # a regular file has content
+                    batches[name] = parsers[name](batch.read(), f"{file}: {member.name}")
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise ValueError(f"{file}: damaged or truncated archive; copy or download it again") from error
     if not batches:
         raise NoData(f"{file}: no {BATCHES[split][0]} in this archive; it is not the official CIFAR-10")
     return join(batches[name] for name in sorted(batches))
+
+
+@contextmanager
+def decompressed(file: Path) -> Iterator[IO[bytes]]:
+    """An archive's content, of which not much is read at once: tarfile takes in whole headers of any length."""
+    with open(file, "rb") as raw:
+        gzipped = raw.peek(2)[:2] == b"\x1f\x8b"
+        with gzip.open(raw) if gzipped else raw as content:
+            yield cast(IO[bytes], Bounded(content))
+
+
+class Bounded:
+    """A file that is read in pieces of at most `LARGEST`."""
+
+    def __init__(self, file: Any) -> None:
+        self.seek, self.tell, self.whole = file.seek, file.tell, file.read
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= LARGEST:
+            raise tarfile.ReadError("a header that is far too long")
+        content: bytes = self.whole(size)
+        return content
 
 
 def find_folders(path: Path, split: str) -> list[Path]:
@@ -123,7 +183,7 @@ def find_folders(path: Path, split: str) -> list[Path]:
     if not folder.is_dir():
         return []
     files = [file for pattern in ("*", "*/*") for file in folder.glob(pattern)]
-    return sorted(file for file in files if file.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    return sorted(file for file in files if file.suffix.lower() in (".png", ".jpg", ".jpeg") and file.is_file())
 
 
 def decode_folders(files: list[Path], split: str) -> Decoded:
@@ -163,17 +223,19 @@ def decode_images(files: Iterator[tuple[str, Any]], count: int) -> np.ndarray:
     """Decode PNG or JPEG files (name, path or file object) of 32x32 pixels to (N, 32, 32, 3) uint8 RGB."""
     from PIL import Image
 
+    from models.images import as_rgb
+
     images = np.empty((count, *SHAPE), np.uint8)
     for i, (name, file) in enumerate(files):
         try:
-            with Image.open(file) as image:
+            with Image.open(file, formats=("PNG", "JPEG")) as image:  # others may call programs
                 if image.size != (32, 32):
                     width, height = image.size
                     raise WrongSize(f"{name}: {width}x{height} pixels; the images of CIFAR-10 have 32x32")
-                images[i] = np.asarray(image.convert("RGB"))
+                images[i] = np.asarray(as_rgb(image))
         except WrongSize:
             raise
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # a damaged image raises anything
             raise ValueError(f"{name}: damaged or no image ({error})") from error
     return images
 
@@ -187,11 +249,14 @@ def parse_binary(content: bytes, name: str) -> Decoded:
 
 
 def parse_python(content: bytes, name: str) -> Decoded:
-    """A pickled dictionary of data (N, 3072) uint8 and labels; nothing but numpy arrays is admitted."""
+    """A pickled dictionary of data (N, 3072) uint8 and labels; nothing but arrays of numbers is admitted."""
     try:
-        batch = ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
+        batch = read_pickle(content)
         batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
-        data, labels = batch["data"], as_labels(batch["labels"])
+        data, labels = batch["data"].values, batch["labels"]
+        if not isinstance(labels, Array) and not {type(label) for label in labels} <= {int}:
+            raise ValueError("its labels are no numbers")
+        labels = as_labels(labels.values if isinstance(labels, Array) else labels)
         if data.dtype != np.uint8 or data.shape != (len(labels), PIXELS):
             raise ValueError(f"data is {data.dtype} {data.shape}")
     except Refused as error:
@@ -199,28 +264,6 @@ def parse_python(content: bytes, name: str) -> Decoded:
     except Exception as error:  # a damaged pickle raises anything
         raise ValueError(f"{name}: damaged, truncated or not a batch of CIFAR-10 ({error})") from error
     return chw_to_hwc(data), labels
-
-
-class Refused(pickle.UnpicklingError):
-    """A pickle names something other than a numpy array."""
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads the official pickles: dictionaries, lists, strings, numbers and numpy arrays."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return reconstruct
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
-        raise Refused(f"the pickle asks for {module}.{name}, and only numpy arrays are admitted")
-
-
-def reconstruct(kind: type, shape: tuple[int, ...], typecode: bytes) -> np.ndarray:
-    """What numpy's own function does for an array: make an empty one, whose state is set by the pickle."""
-    if kind is not np.ndarray or tuple(shape) != (0,):
-        raise Refused("the pickle asks for an array of another kind than numpy writes")
-    return np.ndarray((0,), np.uint8)
 
 
 def chw_to_hwc(flat: np.ndarray) -> np.ndarray:

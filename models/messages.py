@@ -42,6 +42,11 @@ def out_of_memory(error: BaseException) -> str:
     return f"out of memory: {ROOM}" + (f" ({error})" if str(error) else "")
 
 
+def is_plain(name: str) -> bool:
+    """Whether a name can stand in a line and in a table: it is printable, and no formula for a spreadsheet."""
+    return name.isprintable() and not name.startswith(("=", "+", "-", "@"))
+
+
 def report(error: BaseException | str) -> int:
     """Print the message of an error that ends a command; its exit status."""
     print(f"error: {one_line(error)}", file=sys.stderr)

@@ -26,12 +26,17 @@ class Preprocessing:
     """A normalisation: (image / 255 - mean) / std.
 
     name: one of `PRESETS`, or `per-pixel`. mean: (3, 1, 1), or (3, 32, 32) for a mean image; std: (3, 1, 1); both
-    float32, in units of 1 for white.
+    float32, in units of 1 for white. ValueError for others.
     """
 
     name: str
     mean: Tensor
     std: Tensor
+
+    def __post_init__(self) -> None:
+        shapes = tuple(self.mean.shape), tuple(self.std.shape)
+        if shapes[0] not in ((3, 1, 1), (3, 32, 32)) or shapes[1] != (3, 1, 1) or not (self.std > 0).all():
+            raise ValueError(f"the preprocessing has a mean of shape {shapes[0]} and a std of {shapes[1]}, or a std of 0")
 
     def __call__(self, images: np.ndarray | Tensor) -> Tensor:
         """Images (N, H, W, 3), uint8 RGB, to float32 (N, 3, H, W)."""

@@ -22,6 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from models.messages import is_plain
+
 EXPECTED = "a checkpoint is a file of torch.save (.pt, .pth, .th, .ckpt) or a .safetensors file"
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "module")
 EMA_WRAPPERS = ("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema")
@@ -39,6 +41,7 @@ def read(path: Path, ema: bool = False) -> tuple[dict[str, Tensor], dict[str, An
     """
     tensors, card, note = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path, ema)
     try:
+        check_sizes(tensors, path.stat().st_size)
         tensors, chosen = choose_root(bare(tensors), ema)
         check_tensors(tensors)
         if ema and not note and not chosen:
@@ -64,7 +67,9 @@ def read_pickle(path: Path, ema: bool) -> tuple[dict[str, Tensor], dict[str, Any
     weights, average = find(content, WRAPPERS), find(content, EMA_WRAPPERS)
     state = average if weights is None or (ema and average is not None) else weights
     if state is None:
-        keys = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+        keys = type(content).__name__
+        if isinstance(content, Mapping):  # str() of nested tuples may be endless
+            keys = ", ".join(key if isinstance(key, str) else type(key).__name__ for key in content)
         looked = ", ".join([*WRAPPERS, *EMA_WRAPPERS])
         raise ValueError(f"{path}: no state dict in it; looked under {looked} and found {keys}")
     if average is None:
@@ -78,7 +83,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             metadata = file.metadata() or {}
         card = json.loads(metadata.get("card", "{}"))
-    except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged or truncated safetensors file ({error})") from error
     if not isinstance(card, dict):
         raise ValueError(f"{path}: the card in its metadata is no JSON object, so it is not one of ours")
@@ -138,13 +143,25 @@ def check_archive(path: Path) -> None:
         raise ValueError(f"{path}: refused: {compressed[0]} in it is compressed, which torch.save never does")
 
 
+def check_sizes(state: dict[str, Tensor], size: int) -> None:
+    """ValueError for names that no table could hold, and for a tensor larger than its file of `size` bytes.
+
+    A view of one number may say that it is gigabytes of them.
+    """
+    for name, tensor in state.items():
+        if not is_plain(name):
+            raise ValueError(f"{name[:80]!r} is no name of a tensor: unprintable, or a formula for a spreadsheet")
+        if tensor.layout == torch.strided and not tensor.is_nested and tensor.nbytes > size:
+            raise ValueError(f"{name} would take {tensor.nbytes:,} bytes, and the file has {size:,}: it is damaged")
+
+
 def check_tensors(state: dict[str, Tensor]) -> None:
     """ValueError where a tensor is no dense array of numbers, or one that convolutions and BNs have is impossible."""
     for name, tensor in state.items():
         leaf = name.rpartition(".")[2]
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
             raise ValueError(f"{name} is sparse, quantized or without data: only dense tensors are read")
-        if leaf in LEAVES and not tensor.is_floating_point():
+        if (leaf in LEAVES and not tensor.is_floating_point()) or tensor.is_complex():
             raise ValueError(f"{name} holds {str(tensor.dtype).removeprefix('torch.')}, not floating-point numbers")
         if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
             raise ValueError(f"NaN or infinity in {name}: the training diverged, or the file is damaged")

@@ -4,7 +4,9 @@
 """
 
 import contextlib
+import gzip
 import io
+import json
 import os
 import pickle
 import resource
@@ -18,14 +20,18 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 from safetensors.torch import save_file
 
-from analysis.responses import main
+from analysis import compare, dynamics, responses
+from analysis.frame import make_frame
 from models import build, checkpoints
 from models.preprocess import PRESETS
+from models.recipe import Recipe
 from tests.conftest import ROOT
 
 CASES = {}
@@ -34,7 +40,10 @@ MEMORY = 400 * 2**20  # bytes that a command may need above what it had before, 
 
 
 def case(message):
-    """A hostile input: the function writes it into a folder and gives the words of the command."""
+    """A hostile input: the function writes it into a folder and gives the words of the command.
+
+    The words begin with the command's module, where it is not analysis.responses.
+    """
 
     def add(function):
         CASES[function.__name__.replace("_", " ")] = (function, message)
@@ -227,6 +236,12 @@ def complex_weights(path):
     return checkpoint(path / "a.pth")
 
 
+@case("bn1.num_batches_tracked holds complex64, not floating-point numbers")
+def complex_counters(path):
+    torch.save(network().state_dict() | {"bn1.num_batches_tracked": torch.tensor(1j)}, path / "a.pth")
+    return checkpoint(path / "a.pth")
+
+
 @case("conv1.weight is sparse, quantized or without data")
 def sparse_weights(path):
     torch.save({name: tensor.to_sparse() for name, tensor in network().state_dict().items()}, path / "a.pth")
@@ -264,7 +279,36 @@ def a_thousand_stages(path):
     return checkpoint(path / "a.pth")
 
 
-@case("")
+@case("is no name of a tensor: unprintable, or a formula")
+def name_with_a_formula(path):
+    torch.save({"=HYPERLINK(1).weight": torch.zeros(3)}, path / "a.pth")
+    return checkpoint(path / "a.pth")
+
+
+@case("conv1.weight would take 1,073,741,824 bytes, and the file has ")
+def one_number_that_says_it_is_gigabytes(path):
+    torch.save({"conv1.weight": torch.zeros(1).expand(2**28)}, path / "a.pth")
+    return checkpoint(path / "a.pth")
+
+
+@case("no state dict in it; looked under state_dict")
+def keys_that_are_tuples_of_tuples(path):
+    key = ()
+    for _ in range(20):
+        key = (key, key)
+    torch.save({key: 1}, path / "a.pth")
+    return checkpoint(path / "a.pth")
+
+
+@case("not a checkpoint, damaged or truncated")
+def archive_of_the_oldest_torch(path):
+    with tarfile.open(path / "a.pth", "w") as tar:
+        tar.addfile(tarfile.TarInfo("storages"))
+        tar.addfile(tarfile.TarInfo("../../evil"))
+    return checkpoint(path / "a.pth")
+
+
+@case("is no name of a tensor: unprintable, or a formula")
 def a_name_with_newlines(path):
     torch.save({"a\nerror: all is well\n\x1b[2J": torch.zeros(3)}, path / "a.pth")
     return checkpoint(path / "a.pth")
@@ -365,6 +409,28 @@ def card_of_deep_nesting(path):
     return carded(path, "[" * 100_000)
 
 
+@case("damaged or truncated safetensors file")
+def card_with_a_number_of_many_digits(path):
+    return carded(path, '{"training": {"iteration": ' + "9" * 5000 + "}}")
+
+
+@case("its card says preprocessing '\\x1b[2J', which is none of")
+def card_with_control_characters(path):
+    return carded(path, '{"preprocessing": "\\u001b[2J"}')
+
+
+@case("its card says crop_padding ['black'], which is none of")
+def card_with_a_list_for_the_padding(path):
+    return carded(path, '{"crop_padding": ["black"]}')
+
+
+@case("the preprocessing has a mean of shape (3, 5) and a std of (2,)")
+def preprocessing_of_another_shape(path):
+    tensors = {"preprocessing.mean": torch.zeros(3, 5), "preprocessing.std": torch.ones(2)}
+    save_file(network().state_dict() | tensors, path / "good.safetensors")
+    return checkpoint(path / "good.safetensors")
+
+
 # CIFAR-10
 
 
@@ -416,6 +482,18 @@ def image_with_a_bomb_of_text(path):
     return folder(path, png()[:33] + text + png()[33:])
 
 
+@case("damaged or no image (cannot identify image file")
+def postscript_for_an_image(path):
+    return folder(path, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n(evil) (w) file\n%%EOF\n")
+
+
+@case("no CIFAR-10 test images here")
+def a_pipe_among_the_images(path):
+    (path / "cifar").mkdir()
+    os.mkfifo(path / "cifar" / "a.png")
+    return data(path / "cifar")
+
+
 @case("images of CIFAR-10 have 32x32")
 def image_of_another_size(path):
     return folder(path, png(size=(33, 32)))
@@ -460,6 +538,24 @@ def parquet_without_rows(path):
     return data(path / "test-0.parquet")
 
 
+def repeated(path, value, rows):
+    """A parquet file of some kilobytes that says in every row that it holds this value."""
+    image = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * rows, pyarrow.int32()), pyarrow.array([value]))
+    table = {"img": pyarrow.StructArray.from_arrays([image], ["bytes"]), "label": pyarrow.array([0] * rows)}
+    parquet.write_table(pyarrow.table(table), path / "test-0.parquet", compression="zstd", store_schema=False)
+    return data(path / "test-0.parquet")
+
+
+@case("image 0: damaged or no image")
+def parquet_bomb(path):
+    return repeated(path, bytes(4 * 2**20), 500)
+
+
+@case("test-0.parquet: far larger than CIFAR-10")
+def parquet_with_a_million_images(path):
+    return repeated(path, png(), 10**6)
+
+
 def archive(path, *members):
     """A tar archive of (name, content or type)."""
     with tarfile.open(path / "cifar-10-python.tar.gz", "w:gz") as tar:
@@ -490,6 +586,17 @@ def archive_bomb(path):
     return archive(path, ("cifar-10-batches-py/test_batch", bytes(300 * 2**20)))
 
 
+@case("damaged or truncated archive")
+def archive_with_a_header_of_gigabytes(path):
+    info = tarfile.TarInfo("a")
+    info.type, info.size = tarfile.XHDTYPE, 512 * 2**20
+    with gzip.open(path / "cifar-10-python.tar.gz", "w", compresslevel=1) as file:
+        file.write(info.tobuf())
+        for _ in range(512):
+            file.write(bytes(2**20))
+    return data(path / "cifar-10-python.tar.gz")
+
+
 @case("refused: the pickle asks for posix.system")
 def archive_with_code(path):
     return archive(path, ("test_batch", pickle.dumps(Calls(os.system, "touch evil"))))
@@ -499,6 +606,50 @@ def archive_with_code(path):
 def batch_with_code(path):
     (path / "cifar").mkdir()
     (path / "cifar" / "test_batch").write_bytes(pickle.dumps({b"data": Calls(eval, "1"), b"labels": []}))
+    return data(path / "cifar")
+
+
+def batch(path, payload):
+    (path / "cifar").mkdir()
+    (path / "cifar" / "test_batch").write_bytes(payload if isinstance(payload, bytes) else pickle.dumps(payload))
+    return data(path / "cifar")
+
+
+@case("damaged, truncated or not a batch of CIFAR-10")
+def batch_of_any_memory(path):
+    """numpy would take these eight bytes for the address of a Python object."""
+    return batch(path, {b"data": Calls(np.ndarray, (1,), np.dtype("u1"), b"A" * 8), b"labels": [0]})
+
+
+@case("and only arrays of whole numbers are admitted")
+def batch_of_python_objects(path):
+    return batch(path, {b"data": Calls(np.ndarray, (1,), np.dtype("O"), b"A" * 8), b"labels": [0]})
+
+
+@case("damaged, truncated or not a batch of CIFAR-10")
+def batch_with_one_label_a_billion_times(path):
+    labels = Calls(np.ndarray, (2**28,), np.dtype("u1"), b"A", 0, (0,))
+    return batch(path, {b"data": np.zeros((1, 3072), np.uint8), b"labels": labels})
+
+
+@case("damaged, truncated or not a batch of CIFAR-10")
+def batch_with_lists_in_lists(path):
+    labels = [0] * 10
+    for _ in range(7):
+        labels = [labels] * 10
+    return batch(path, {b"data": np.zeros((1, 3072), np.uint8), b"labels": labels})
+
+
+@case("damaged, truncated or not a batch of CIFAR-10 (it remembers more than it holds)")
+def batch_that_remembers_too_much(path):
+    return batch(path, b"\x80\x02}r" + struct.pack("<I", 2**27) + b".")
+
+
+@case("far larger than a batch of CIFAR-10")
+def batch_of_gigabytes(path):
+    (path / "cifar").mkdir()
+    with open(path / "cifar" / "test_batch", "wb") as file:
+        file.truncate(2**36)  # it takes no room on the disk
     return data(path / "cifar")
 
 
@@ -535,6 +686,221 @@ def archive_that_is_no_archive(path):
 def archive_that_never_ends(path):
     """A gzip bomb with nothing in it that is asked for."""
     return archive(path, *((f"file{i}", bytes(32 * 2**20)) for i in range(8)))
+
+
+# Frames that are compared
+
+
+def frame(**columns):
+    """A frame of three layers, in which some columns are others."""
+    rows = [{"layer": i, "name": "conv", "norm": "bn", "stage": 1, "channels": 8, "std": 5.0} for i in (1, 2, 3)]
+    constants = {"network": "a", "kind": "other", "source": "batchnorm", "mean": 0.0, "within": 3.0, "between": 4.0}
+    return make_frame(rows, **constants).assign(**columns)
+
+
+def compared(path, content):
+    """The words that compare a frame, or any bytes, with itself."""
+    content = content if isinstance(content, bytes) else content.to_csv(index=False).encode()
+    (path / "responses.csv").write_bytes(content)
+    return [compare, *(f"{label}={path / 'responses.csv'}" for label in "ab")]
+
+
+@case("not a frame of analysis.responses: its columns are network, kind, depth")
+def frame_without_a_column(path):
+    return compared(path, frame().drop(columns="std"))
+
+
+@case("layer 2 do not belong together")
+def frame_with_nan(path):
+    return compared(path, frame(std=[5, float("nan"), 5]))
+
+
+@case("layer 1 do not belong together")
+def frame_with_infinity(path):
+    return compared(path, frame(std=float("inf"), within=float("inf")))
+
+
+@case("layer 1 do not belong together")
+def frame_of_gigantic_numbers(path):
+    return compared(path, frame(std=5e200, within=3e200, between=4e200))
+
+
+@case("not a frame of analysis.responses")
+def frame_with_an_infinite_layer(path):
+    return compared(path, frame(layer=[1, 2, float("inf")]))
+
+
+@case("not a frame of analysis.responses")
+def frame_with_a_layer_of_many_digits(path):
+    return compared(path, frame(layer=[1, 2, "9" * 5000]))
+
+
+@case("not a frame of analysis.responses: could not convert string to float: 'high'")
+def frame_with_words_for_numbers(path):
+    return compared(path, frame(std="high"))
+
+
+@case("the layers of a are not 1 to 3: rows are missing, or were added")
+def frame_with_a_layer_twice(path):
+    return compared(path, frame(layer=[1, 2, 2]))
+
+
+@case("'=1+1' in column name is unprintable, or a formula")
+def frame_with_a_formula(path):
+    return compared(path, frame(name="=1+1"))
+
+
+@case("in column network is unprintable, or a formula")
+def frame_with_control_characters(path):
+    return compared(path, frame(network="a\x1b[2J\nerror: all is well"))
+
+
+@case("not a frame of analysis.responses")
+def frame_that_is_an_archive(path):
+    with zipfile.ZipFile(path / "a.zip", "w") as file:
+        file.writestr("responses.csv", frame().to_csv())
+    return compared(path, (path / "a.zip").read_bytes())
+
+
+@case("not a frame of analysis.responses")
+def frame_in_one_line(path):
+    return compared(path, b"network," * 10**6)
+
+
+@case("not a frame of analysis.responses: it has no rows")
+def frame_without_rows(path):
+    return compared(path, frame().iloc[:0])
+
+
+@case("responses.csv: not a frame of analysis.responses: it has more than 67,108,864 bytes")
+def frame_of_gigabytes(path):
+    words = compared(path, b"")
+    os.truncate(path / "responses.csv", 2**36)
+    return words
+
+
+@case("no such file")
+def frame_that_is_a_folder(path):
+    (path / "a.csv").mkdir()
+    return [compare, path / "a.csv", path / "a.csv"]
+
+
+@case("refused: it asks for")
+def code_among_what_is_compared(path):
+    compared(path, frame())
+    torch.save(Calls(os.system, "touch evil"), path / "a.pth")
+    return [compare, path / "a.pth", path / "responses.csv", "--source", "batchnorm"]
+
+
+# Runs
+
+
+def trained(path, config="{}", metrics="iteration,lr,mean_std\n4,0.1,1\n", card="{}"):
+    """The words that draw a run, with other values in its recipe, as JSON, and in the card of its snapshot."""
+    recipe = vars(Recipe("residual", 8, iterations=8))
+    (path / "run" / "snapshots").mkdir(parents=True)
+    (path / "run" / "config.json").write_text(json.dumps(recipe | json.loads(config)))
+    (path / "run" / "metrics.csv").write_text(metrics)
+    training = recipe | {"iteration": 4, "current_lr": 0.1} | json.loads(card)
+    snapshot = path / "run" / "snapshots" / "iteration-4.safetensors"
+    checkpoints.save(snapshot, network(), PRESETS["imagenet"], crop_padding="zero", training=training)
+    return [dynamics, path / "run"]
+
+
+@case("no such folder; a run is a folder that")
+def run_that_is_not_there(path):
+    return [dynamics, path / "run"]
+
+
+@case("no config.json in it")
+def run_that_is_an_empty_folder(path):
+    return [dynamics, path]
+
+
+@case("no snapshots; python -m models.train --snapshots 9 makes a run with some")
+def run_without_snapshots(path):
+    words = trained(path)
+    (path / "run" / "snapshots" / "iteration-4.safetensors").unlink()
+    return words
+
+
+@case("config.json: damaged (iterations is 1000000000000000000000000000000)")
+def run_of_very_many_iterations(path):
+    return trained(path, config='{"iterations": 1000000000000000000000000000000}')
+
+
+@case("snapshot of another run: iterations is 8 in its card and 1000000000000 in config.json")
+def run_of_many_iterations(path):
+    return trained(path, config='{"iterations": 1000000000000}')
+
+
+@case("config.json: damaged (iterations is [8])")
+def run_with_a_list_for_a_number(path):
+    return trained(path, config='{"iterations": [8]}', card='{"iterations": [8]}')
+
+
+@case("config.json: damaged (it says kind '<script>'")
+def run_of_an_unknown_kind(path):
+    return trained(path, config='{"kind": "<script>"}', card='{"kind": "<script>"}')
+
+
+@case("config.json: damaged (lr is nan)")
+def run_at_no_learning_rate(path):
+    return trained(path, config='{"lr": NaN}')
+
+
+@case("config.json: damaged (maximum recursion depth exceeded")
+def run_of_deep_nesting(path):
+    words = trained(path)
+    (path / "run" / "config.json").write_text("[" * 100_000)
+    return words
+
+
+@case("metrics.csv: damaged (the iterations do not ascend, or not all numbers are finite)")
+def run_with_gigantic_numbers(path):
+    return trained(path, metrics="iteration,lr,mean_std\n4,0.1,1e308\n8,0.1,-1e308\n")
+
+
+@case("metrics.csv: damaged (could not convert string to float")
+def run_with_words_for_numbers(path):
+    return trained(path, metrics="iteration,lr,mean_std\n4,0.1,high\n")
+
+
+@case("metrics.csv: damaged (no column lr)")
+def run_without_a_column(path):
+    return trained(path, metrics="iteration,mean_std\n4,1\n")
+
+
+@case("iteration-4.safetensors: damaged: its card says iteration -1 of 8")
+def snapshot_before_the_first_iteration(path):
+    return trained(path, card='{"iteration": -1}')
+
+
+@case("at a learning rate of nan; move it away")
+def snapshot_at_no_learning_rate(path):
+    return trained(path, card='{"current_lr": NaN}')
+
+
+@case("iteration-4.safetensors: no snapshot")
+def snapshot_without_a_card(path):
+    words = trained(path)
+    save_file(network().state_dict(), path / "run" / "snapshots" / "iteration-4.safetensors")
+    return words
+
+
+@case("iteration-4.safetensors: damaged or truncated safetensors file")
+def snapshot_cut_off(path):
+    words = trained(path)
+    os.truncate(path / "run" / "snapshots" / "iteration-4.safetensors", 1000)
+    return words
+
+
+@case("of iteration 4, as is iteration-4.safetensors; move one of them away")
+def snapshot_twice(path):
+    words = trained(path)
+    snapshots = path / "run" / "snapshots"
+    (snapshots / "iteration-5.safetensors").write_bytes((snapshots / "iteration-4.safetensors").read_bytes())
+    return words
 
 
 # Labels, options, folders
@@ -615,12 +981,14 @@ def a_pipe_for_data(path):
 
 def run(name, folder):
     """Run a case's command in a folder: its exit status, and the bytes by which the process grew at most."""
-    words = [str(word) for word in CASES[name][0](folder)]
+    module, *words = CASES[name][0](folder)
+    module, words = (module, words) if module in (compare, dynamics) else (responses, [module, *words])
+    words = [str(word) for word in words]
     if "--out" not in words:
         words += ["--out", str(folder / "out")]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
-        status = main(words)
+        status = module.main(words)
     except SystemExit as end:
         status = end.code
     return status, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024

@@ -417,7 +417,7 @@ def label_out_of_range(path):
         (lambda path: truncated(python_archive(path)), "cifar-10-python.tar.gz: damaged or truncated archive"),
         (other_archive, "no test_batch in this archive; it is not the official CIFAR-10"),
         (evil_pickle, "test_batch: refused: the pickle asks for io.open, and only numpy arrays are admitted"),
-        (object_array, "test_batch: damaged, truncated or not a batch of CIFAR-10 (data is object (1, 2))"),
+        (object_array, "test_batch: refused: it holds an array of O8, and only arrays of whole numbers are"),
         (cut_pickle, "test_batch: damaged, truncated or not a batch of CIFAR-10"),
         (cut_record, "test_batch.bin: 60,845 bytes are no multiple of 3073: damaged or truncated"),
         (other_parquet, "test.parquet: no columns img (struct with bytes) and label; this is not the layout"),
