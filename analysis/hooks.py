@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from threading import get_ident
 from typing import Any, cast
 
 import pandas as pd
@@ -22,24 +23,38 @@ from analysis.folding import Doubt, Folded, NotFolded, fold, obstacle
 from analysis.frame import make_frame
 from analysis.pairs import Layer, Recording, is_wrapper, recording
 from analysis.running import Parts, compare_labels, count_images, device_of, run
+from analysis.threads import Shared, alone
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients and TF32; every module's own training flag comes back at the end."""
+    """Evaluation mode without gradients and TF32; every module's own training flag comes back at the end.
+
+    TF32 is off for all threads, until the last of such blocks ends.
+    """
     training = [(module, module.training) for module in model.modules()]
     with ExitStack() as stack:
         for module, flag in training:  # not model.eval(): networks override it and do more there
             stack.callback(setattr, module, "training", flag)
             module.training = False
-        for backend, setting, value in tf32_settings():
-            stack.callback(setattr, backend, setting, getattr(backend, setting))
-            setattr(backend, setting, value)
+        stack.enter_context(WITHOUT_TF32())
         stack.enter_context(torch.inference_mode(False))  # there tensors have no versions
         stack.enter_context(torch.no_grad())
         yield
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    with ExitStack() as stack:
+        for backend, setting, value in tf32_settings():
+            stack.callback(setattr, backend, setting, getattr(backend, setting))
+            setattr(backend, setting, value)
+        yield
+
+
+WITHOUT_TF32 = Shared(without_tf32)
 
 
 def tf32_settings() -> list[tuple[Any, str, object]]:
@@ -75,7 +90,8 @@ def measure(
     the convolutions of that kernel with an output that went into no BN unchanged. `frame.attrs["accuracy"]` is the
     share of labels hit, or None: labels are the second of two, or `labels` in a dict; logits are the output, the first
     tensor of a tuple, or `logits` or `out` in a dict. Raises ValueError where there are no images, no pairs of
-    convolution and BN, or where a response holds NaN or infinity.
+    convolution and BN, where a response holds NaN or infinity, or where the model, or a part of it, is being measured
+    already. What other threads run on the model meanwhile is not measured, and runs in evaluation mode.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     >>> frame = measure(model, torch.randn(2, 16, 3, 32, 32), network="mine")  # two batches
@@ -112,7 +128,7 @@ def measuring(
     autocast = torch.autocast(device, PRECISIONS[precision], enabled=precision != "float32")
     why_not = "forward= runs the network" if forward else obstacle(model)
     parts = Parts(name_of(model), "which forward= runs, so it is not split: make smaller ones" if forward else "")
-    with evaluation(model), recording(model, kernel_size, grouped=grouped) as record:
+    with alone(model), evaluation(model), recording(model, kernel_size, grouped=grouped) as record:
         measurement = Measurement(model, record, forward or run, why_not, autocast, parts)
         yield measurement
         measurement.finish()
@@ -141,7 +157,12 @@ class Measurement:
         self.images = self.labelled = self.correct = 0
 
     def add(self, batch: Any) -> int:
-        """Measure one batch, in parts where it does not fit into memory. Returns the number of its images."""
+        """Measure one batch, in the thread that began, in parts where it does not fit into memory.
+
+        Returns the number of its images.
+        """
+        if get_ident() != self.record.thread:
+            raise ValueError("a batch was added in another thread than the one that began to measure: add it there")
         return sum(self.parts(batch, self.add_part))
 
     def add_part(self, part: Any) -> int:

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -30,10 +31,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from analysis.moments import Moments
+from analysis.threads import Shared
 
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 AFFINE = ("weight", "bias", "running_mean", "running_var")  # a module with these four vectors is a norm
 EPSILONS = (1e-5, 1e-3, 0.0)  # of norms that do not say theirs: DETR's frozen one, TensorFlow's, maskrcnn-benchmark's
+EAGER = Shared(lambda: torch.compiler.set_stance("force_eager"))  # the stance is the whole process's
 TOLERANCE = 1e-4  # in largest responses: how far a norm's output may be from the formula by rounding
 SHOWN = 12  # modules that a message lists
 
@@ -75,9 +78,12 @@ class Recording:
     outputs: MutableMapping[Tensor, tuple[Call, int]] = field(default_factory=WeakTensorKeyDictionary)  # and versions
     epsilons: dict[nn.Module, float] = field(default_factory=dict)  # of norms that are not torch's own
     seen: dict[nn.Module, None] = field(default_factory=dict)  # convolutions and norms met, for messages
+    thread: int = field(default_factory=get_ident)  # whose passes these are: what others run does not count
 
     def after_conv(self, conv: nn.Conv2d, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook: remember the output of a convolution that is asked for."""
+        if get_ident() != self.thread:
+            return
         self.seen[conv] = None
         if conv.kernel_size != self.kernel_size or (conv.groups > 1 and not self.grouped):
             return
@@ -93,6 +99,8 @@ class Recording:
 
     def after_norm(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook: a layer, where the input is a convolution's output as it was."""
+        if get_ident() != self.thread:
+            return
         self.seen[norm] = None
         x = next(iter((*args, *kwargs.values())), None)
         if not isinstance(x, Tensor) or x not in self.outputs:
@@ -224,7 +232,7 @@ def reachable(modules: Iterable[nn.Module]) -> Iterator[None]:
     """See to it that every call of a module runs its hooks, in this thread."""
     with ExitStack() as stack:
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and to import it takes a second
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(EAGER())
         for module in modules:
             if isinstance(module, PARALLEL):  # copies on other devices have hooks too; DDP waits for other processes
                 stack.enter_context(replacing_forward(module, module.module.__call__))

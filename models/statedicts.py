@@ -151,7 +151,7 @@ def check_sizes(state: dict[str, Tensor], size: int) -> None:
     for name, tensor in state.items():
         if not is_plain(name):
             raise ValueError(f"{name[:80]!r} is no name of a tensor: unprintable, or a formula for a spreadsheet")
-        if tensor.layout == torch.strided and not tensor.is_nested and tensor.nbytes > size:
+        if tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_meta) and tensor.nbytes > size:
             raise ValueError(f"{name} would take {tensor.nbytes:,} bytes, and the file has {size:,}: it is damaged")
 
 

@@ -789,7 +789,7 @@ def frame_that_is_a_folder(path):
 def code_among_what_is_compared(path):
     compared(path, frame())
     torch.save(Calls(os.system, "touch evil"), path / "a.pth")
-    return [compare, path / "a.pth", path / "responses.csv", "--source", "batchnorm"]
+    return [compare, f"b={path / 'a.pth'}", path / "responses.csv", "--source", "batchnorm"]
 
 
 # Runs
