@@ -119,6 +119,8 @@ class ImageFolder:
                 if limit and pixels > limit:
                     raise ValueError(f"Image size ({pixels} pixels) exceeds limit of {limit} pixels")
                 cropped = crop(image)
+        except FileNotFoundError:  # it vanished, and is not damaged
+            raise
         except Exception as error:  # a damaged image raises anything
             reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
             raise ValueError(f"{file}: damaged, too large or no image ({reason}); remove it from the folder") from error

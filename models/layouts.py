@@ -148,6 +148,8 @@ def decode_archive(files: list[Path], split: str) -> Decoded:
                     batch = archive.extractfile(member)
                     assert batch is not None  # a regular file has content
                     batches[name] = parsers[name](batch.read(), f"{file}: {member.name}")
+    except FileNotFoundError:  # it vanished, and is not damaged
+        raise
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise ValueError(f"{file}: damaged or truncated archive; copy or download it again") from error
     if not batches:
@@ -233,7 +235,7 @@ def decode_images(files: Iterator[tuple[str, Any]], count: int) -> np.ndarray:
                     width, height = image.size
                     raise WrongSize(f"{name}: {width}x{height} pixels; the images of CIFAR-10 have 32x32")
                 images[i] = np.asarray(as_rgb(image))
-        except WrongSize:
+        except (WrongSize, FileNotFoundError):  # one that vanished is not damaged
             raise
         except Exception as error:  # a damaged image raises anything
             raise ValueError(f"{name}: damaged or no image ({error})") from error

@@ -49,6 +49,8 @@ def is_plain(name: str) -> bool:
 
 def report(error: BaseException | str) -> int:
     """Print the message of an error that ends a command; its exit status."""
+    if isinstance(error, FileNotFoundError) and error.filename:  # Python's own, not one of ours
+        error = f"{error.filename}: {error.strerror}, and it was there before; run the command again when it is back"
     print(f"error: {one_line(error)}", file=sys.stderr)
     return 2
 
