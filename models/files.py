@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import secrets
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 FORGOTTEN = 3600  # seconds after which a temporary file is one that a killed process has left
+RANDOM = "[0-9a-f]" * 8  # in the name of a temporary file
+LEFT = f".*-{RANDOM}.*"  # matches the names of temporary files
 
 
 @contextmanager
@@ -25,7 +27,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_forgotten(path)
+    remove_left(path.parent.glob(f".{escape(path.stem)}-{RANDOM}{escape(path.suffix)}"), FORGOTTEN)
     temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
     try:
         yield temporary
@@ -36,12 +38,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_forgotten(path: Path) -> None:
-    """Remove temporary files of `path` that are so old that nobody writes them any more."""
-    name = re.compile(rf"\.{re.escape(path.stem)}-[0-9a-f]{{8}}{re.escape(path.suffix)}")
-    for file in path.parent.iterdir():
+def remove_left(temporary: Iterable[Path], age: float = 0) -> None:
+    """Remove temporary files that killed processes have left: those at least `age` seconds old."""
+    for file in temporary:
         with suppress(FileNotFoundError):  # another process may have removed it
-            if name.fullmatch(file.name) and time.time() - file.stat().st_mtime > FORGOTTEN:
+            if time.time() - file.stat().st_mtime >= age:
                 file.unlink()
 
 

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from models import checkpoints
 from models.batchnorm import closed_form
 from models.cifar10 import Cifar10
-from models.files import replacing
+from models.files import LEFT, remove_left, replacing
 from models.preprocess import augment, mean_image, per_pixel
 from models.recipe import (
     CROP,
@@ -324,13 +324,17 @@ def run(recipe: Recipe, train: Cifar10, test: Cifar10, folder: Path, stop: Calla
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder, which is made where there is none. Fault where another trainer holds it."""
+    """Hold the folder, which is made where there is none, and remove what killed trainers have left in it.
+
+    Fault where another trainer holds it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise Fault(f"{folder}: another trainer is at work here; choose another --out", 2) from error
+        remove_left(folder.rglob(LEFT))
         yield
 
 

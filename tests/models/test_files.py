@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from models.files import FORGOTTEN, replacing, sha256, uninterrupted
+from models.files import FORGOTTEN, LEFT, remove_left, replacing, sha256, uninterrupted
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -46,6 +46,14 @@ def test_what_a_killed_process_left_is_removed_when_it_is_old(tmp_path):
     with replacing(tmp_path / "file.txt") as temporary:
         temporary.touch()
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*names[1:], "file.txt"])
+
+
+def test_all_that_killed_processes_left_is_removed_where_nobody_else_writes(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for name in (".file-0123abcd.txt", "folder/.other-4567abcd.pt", ".mine.txt", "file-0123abcd.txt"):
+        (tmp_path / name).touch()
+    remove_left(tmp_path.rglob(LEFT))
+    assert {file.name for file in tmp_path.rglob("*") if file.is_file()} == {".mine.txt", "file-0123abcd.txt"}
 
 
 def test_an_interrupt_waits_for_the_end_of_the_block():
