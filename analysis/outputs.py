@@ -42,7 +42,7 @@ def finish(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) 
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> str:
-    """Write files into a folder, all of them or none. Returns lines that say so."""
+    """Write files into a folder, all of them or none. Returns lines that say so; ValueError where it cannot be."""
     from models.files import replacing, uninterrupted
 
     for name in files:
@@ -50,9 +50,12 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> str:
             raise ValueError(
                 f"{folder / name} is a folder, and a result has this name: move it away, or name another --out"
             )
-    with uninterrupted(), ExitStack() as stack:
-        for name, content in files.items():
-            stack.enter_context(replacing(folder / name)).write_bytes(content)
+    try:
+        with uninterrupted(), ExitStack() as stack:
+            for name, content in files.items():
+                stack.enter_context(replacing(folder / name)).write_bytes(content)
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot write: {error.strerror}; make room, or name another --out") from error
     return "\n" + "\n".join(f"wrote {folder / name}" for name in files)
 
 

@@ -318,7 +318,7 @@ def run(recipe: Recipe, train: Cifar10, test: Cifar10, folder: Path, stop: Calla
             training.advance(stop)
             return training.finish(stop)
     except (OSError, SafetensorError) as error:
-        advice = "what was saved before is intact; make room, and the same command goes on from there"
+        advice = "what was saved before is intact; make room or allow writing, and the same command goes on from there"
         raise Fault(f"{folder}: cannot write: {error}; {advice}") from error
 
 

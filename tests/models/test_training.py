@@ -355,7 +355,9 @@ def test_a_full_disk_leaves_what_was_saved(finished, tmp_path, monkeypatch, what
     said = str(caught.value)
     assert said.startswith(f"{tmp_path}: cannot write: ")
     assert "File too large" in said
-    assert said.endswith("; what was saved before is intact; make room, and the same command goes on from there")
+    assert said.endswith(
+        "; what was saved before is intact; make room or allow writing, and the same command goes on from there"
+    )
     assert caught.value.status == 1
     after = {file: file.read_bytes() for file in tmp_path.rglob("*.*") if file.is_file()}
     metrics = tmp_path / "metrics.csv"
