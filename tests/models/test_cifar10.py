@@ -6,6 +6,7 @@ import pickle
 import struct
 import tarfile
 import threading
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from models import cifar10
-from models.layouts import CLASSES, NoData
+from models.layouts import CLASSES, NoData, decode_archive
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
@@ -266,6 +267,11 @@ def test_a_data_folder_of_photographs_is_passed_over(tmp_path, monkeypatch):
         cifar10.load()
 
 
+def test_an_archive_that_vanished_is_not_said_to_be_damaged(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        decode_archive([tmp_path / "cifar-10-python.tar.gz"], "test")
+
+
 class Handler(http.server.SimpleHTTPRequestHandler):
     """Serves a folder; `half/` sends half of a file and hangs up."""
 
@@ -283,6 +289,19 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+@contextmanager
+def served(folder):
+    """The address of a server on loopback."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """A server on loopback whose good.parquet is taken for CIFAR-10's test images."""
@@ -292,13 +311,8 @@ def server(tmp_path, monkeypatch):
     write_parquet(folder, slice(None), "test-good.parquet")
     write_parquet(folder, slice(7), "test-short.parquet")
     (folder / "page.parquet").write_text("<html>log in first</html>")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with served(folder) as url:
+        yield url
 
 
 def test_download(server, tmp_path, monkeypatch, capsys):
