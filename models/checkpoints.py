@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from models.files import replacing, sha256
@@ -191,7 +191,8 @@ def save(
     card = {"network": model.config.name, **asdict(model.config)}
     card |= {"preprocessing": preprocessing.name, "crop_padding": crop_padding, "training": training}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"card": json.dumps(card)})
+        # not save_file, which has temporary files of its own: nobody would remove those of a killed process
+        temporary.write_bytes(serialise(tensors, metadata={"card": json.dumps(card)}))
 
 
 def find_networks(state: dict[str, Tensor], card: dict[str, Any], kind: str | None, needed: bool) -> list[nn.Module]:
