@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.inputs import Found, check_label, split_label
+from analysis.inputs import Found, check_label, find_network, split_label
 from analysis.outputs import describe_network
 from analysis.processes import leave, together
 from models.messages import is_plain
@@ -84,8 +84,6 @@ def describe_frames(entries: Sequence[Entry]) -> dict[str, Any]:
 
 def read_item(item: str, sources: list[str] | None, slots: list[tuple[Entry, Found]]) -> list[Entry]:
     """One thing to compare; several where a frame holds several networks."""
-    from models import zoo
-
     label, path = split_label(item)
     if path.suffix == ".csv":
         found = []
@@ -94,10 +92,9 @@ def read_item(item: str, sources: list[str] | None, slots: list[tuple[Entry, Fou
         if label is not None and len(found) > 1:
             raise ValueError(f"{path}: it holds {len(found)} networks, so {label} cannot be the label of all")
         return found
-    shipped = str(path) in zoo.shipped() and not path.exists()
-    path = zoo.find(str(path)) if shipped else path
-    entry = Entry(label or path.stem, False)
-    slots.append((entry, Found(entry.label, path)))
+    network_file = find_network(item)
+    entry = Entry(label or network_file.path.stem, False)
+    slots.append((entry, Found(entry.label, network_file.path)))
     return [entry]
 
 
@@ -168,7 +165,7 @@ def read_frame(path: Path) -> pd.DataFrame:
             raise ValueError(f"{odd[0][:80]!r} in column {column} is unprintable, or a formula for a spreadsheet")
     frame = frame.astype(dict.fromkeys(INTEGERS, "Int64"))
     numbers = frame[["mean", "std", "within", "between"]].astype(float).to_numpy()
-    mean, std, within, between = numbers.T
+    _, std, within, between = numbers.T
     sound = np.isclose(std, np.hypot(within, between), rtol=1e-6) & (np.minimum(std, np.minimum(within, between)) >= 0)
     sound &= (np.abs(numbers) < HUGE).all(axis=1)
     if not sound.all():

@@ -26,9 +26,13 @@ if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help 
     from models.checkpoints import Checkpoint
     from models.cifar10 import Cifar10
     from models.images import ImageFolder
+    from models.probe import Probe
+
+    Data = Cifar10 | Probe | ImageFolder
 
 LABEL = 80  # characters at most
 SAMPLE = 64  # images of 224x224 pixels by which a network is recognised
+CIFAR10, PROBE = "cifar10", "probe"  # words that --data takes: the real images or an error, and the stand-in for them
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Plan:
     """The networks, the images to measure them on (None for the closed form alone), and the sources of the numbers."""
 
     networks: list[Network]
-    data: Cifar10 | ImageFolder | None
+    data: Data | None
     sources: list[str]
 
 
@@ -70,7 +74,8 @@ def add_options(parser: argparse.ArgumentParser, *, both: bool = False, source: 
         help=f"measure on images, {'' if both else 'or '}compute from BN's tensors alone{', or both' if both else ''} "
         f"(default: {source or 'hooks, and batchnorm where there are no images'})")  # fmt: skip
     add("--data", type=Path, metavar="PATH", help="CIFAR-10: parquet, official version, archive or folder of images "
-        "(default: $CIFAR10, ./data, cache folder, download); for ImageNet's networks a folder of images")  # fmt: skip
+        "(default: $CIFAR10, ./data, cache folder, download, else the probe set); for ImageNet's networks a folder of "
+        "images; probe: synthetic images in place of CIFAR-10's; cifar10: these, or an error")  # fmt: skip
     add("--split", choices=("test", "train"), default="test", help="of CIFAR-10 (default: %(default)s)")
     add("--images", type=positive, metavar="N", help="measure on the first N images (default: all)")
     add("--normalize", default="auto", metavar="PRESET", help="imagenet, cifar10, cifar10-2, [-1,1], [0,1], per-pixel "
@@ -124,6 +129,15 @@ def split_label(item: str) -> tuple[str | None, Path]:
     if not equals or Path(item).exists():
         return None, Path(item)
     return label or None, Path(path)
+
+
+def find_network(item: str) -> Found:
+    """The file of [LABEL=]ITEM: a shipped network by its name, or a checkpoint. A path that exists wins."""
+    from models import zoo
+
+    label, path = split_label(item)
+    shipped = str(path) in zoo.shipped() and not path.exists()
+    return Found(label, zoo.find(str(path)) if shipped else path)
 
 
 def prepare(args: argparse.Namespace, found: Sequence[Found]) -> Plan:
@@ -197,7 +211,7 @@ def check_label(label: str) -> str:
     return label
 
 
-def announce(network: Network, data: Cifar10 | ImageFolder | None) -> None:
+def announce(network: Network, data: Data | None) -> None:
     """Say what a network is and how that is known; warnings go to stderr."""
     label, checkpoint = network.label, network.checkpoint
     how, config = checkpoint.how, checkpoint.config
@@ -220,7 +234,7 @@ def trained(checkpoint: Checkpoint) -> int | None:
     return iterations if isinstance(iterations, int) else None
 
 
-def find_data(args: argparse.Namespace, checkpoints: list[Checkpoint]) -> Cifar10 | ImageFolder | None:
+def find_data(args: argparse.Namespace, checkpoints: list[Checkpoint]) -> Data | None:
     """The images to measure on, or None for the closed form."""
     if args.source == ["batchnorm"]:
         return None
@@ -239,6 +253,8 @@ def find_folder(args: argparse.Namespace, sizes: set[str]) -> ImageFolder | None
     """A folder of images for networks of 224x224 input."""
     from models.images import ImageFolder
 
+    if is_word(args.data, PROBE):
+        raise ValueError("--data probe: 32x32 images; these networks take 224x224: name a folder of images with --data")
     if args.data:
         return ImageFolder.open(args.data)
     message = "no images for networks of 224x224 input: name a folder of them with --data"
@@ -251,23 +267,47 @@ def find_folder(args: argparse.Namespace, sizes: set[str]) -> ImageFolder | None
 INSTEAD = "no images: the closed form from BN's tensors instead (--source batchnorm)"
 
 
-def find_cifar10(args: argparse.Namespace, sizes: set[str]) -> Cifar10 | ImageFolder | None:
-    """CIFAR-10; for a network of the user's own, whose input size is not known, else a folder of images."""
+def find_cifar10(args: argparse.Namespace, sizes: set[str]) -> Data | None:
+    """CIFAR-10, or the probe set; for a network of the user's own, whose input size is unknown, else a folder."""
     from models import cifar10
     from models.layouts import NoData, WrongSize
 
+    if is_word(args.data, PROBE):
+        return find_probe(args)
     try:
-        return cifar10.load(args.data, args.split)
+        return cifar10.load(None if is_word(args.data, CIFAR10) else args.data, args.split)
     except (NoData, WrongSize) as error:
         if args.data and not sizes and args.data.is_dir():
             return find_folder(args, sizes)
-        if args.data or args.source:
+        if args.data:
+            raise
+        if sizes == {"cifar"} and args.split == "test":
+            print(f"{error}. The probe set stands for them (--data cifar10 asks for no stand-in)", file=sys.stderr)
+            args.images = None
+            return find_probe(args)
+        if args.source:
             raise
         print(f"{error}\n{INSTEAD}", file=sys.stderr)
         return None
 
 
-def sample_of(data: Cifar10 | ImageFolder) -> Any:
+def is_word(path: Path | None, word: str) -> bool:
+    """True if --data says a word of its own; a file or folder of this name wins."""
+    return path is not None and str(path) == word and not path.exists()
+
+
+def find_probe(args: argparse.Namespace) -> Probe:
+    """The shipped probe set, all of it."""
+    from models import probe
+
+    if args.split != "test":
+        raise ValueError(f"--split {args.split}: the probe set stands for the test images; leave --split out")
+    if args.images:
+        raise ValueError(f"--images {args.images}: the probe set holds only as a whole; leave --images out")
+    return probe.load()
+
+
+def sample_of(data: Data) -> Any:
     """Images (n, H, W, 3) uint8 by which networks are recognised."""
     from models.images import ImageFolder
 

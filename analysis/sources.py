@@ -25,9 +25,8 @@ if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help 
     import torch
     from torch import Tensor
 
-    from analysis.inputs import Network, Plan
-    from models.cifar10 import Cifar10
-    from models.images import ImageFolder
+    from analysis.hooks import Result
+    from analysis.inputs import Data, Network, Plan
 
 BLOCK_IMAGES = 512  # on which residual blocks are measured
 RESPONSE = 64  # bytes a pixel of the image, of the first stage's: 16 channels, or 64 at half the size, in float32
@@ -113,8 +112,17 @@ def compute(network: Network) -> pd.DataFrame:
     return make_frame(rows, network=network.label, kind=kind, depth=depth, source="batchnorm")
 
 
-def measure_on(args: argparse.Namespace, networks: list[Network], data: Cifar10 | ImageFolder) -> list[pd.DataFrame]:
-    """The frame of each network, measured on images; of several processes each measures its part of them.
+def measure_on(args: argparse.Namespace, networks: list[Network], data: Data) -> list[pd.DataFrame]:
+    """The frame of each network, measured on images."""
+    frames = []
+    for network, result in zip(networks, run_on(args, networks, data), strict=True):
+        with named(network):
+            frames.append(result.to_frame(network.label))
+    return frames
+
+
+def run_on(args: argparse.Namespace, networks: list[Network], data: Data) -> list[Result]:
+    """What measuring each network on images gives; of several processes each measures its part of them.
 
     All networks run on a batch before the next one: images are read and decoded once.
     """
@@ -142,16 +150,14 @@ def measure_on(args: argparse.Namespace, networks: list[Network], data: Cifar10 
     parts = exchange((results, digests))
     for _, theirs in parts:
         digests.update(theirs)
-    frames = []
+    merged = []
     for network, *others in zip(networks, *(results for results, _ in parts), strict=True):
         with named(network):
-            frames.append(reduce(Result.merge, others).to_frame(network.label))
-    return frames
+            merged.append(reduce(Result.merge, others))
+    return merged
 
 
-def rounding_errors(
-    args: argparse.Namespace, networks: list[Network], data: Cifar10 | ImageFolder
-) -> list[dict[str, float]]:
+def rounding_errors(args: argparse.Namespace, networks: list[Network], data: Data) -> list[dict[str, float]]:
     """For each network the relative differences of std in bfloat16 from float32, on the first images; printed too."""
     images = min(ERROR_IMAGES, args.images or len(data))
     size = max(1, images // (BATCHES * count_processes()))  # several batches each: only the first is not folded
@@ -215,7 +221,7 @@ def classes(network: Network) -> int | None:
 
 
 def make_batches(
-    args: argparse.Namespace, data: Cifar10 | ImageFolder, networks: list[Network], first: int, end: int
+    args: argparse.Namespace, data: Data, networks: list[Network], first: int, end: int
 ) -> Generator[list[Tensor | tuple[Tensor, Tensor]]]:
     """The images from `first` to before `end`: for every network a batch (n, 3, H, W), normalised as it wants them.
 

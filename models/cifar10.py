@@ -44,24 +44,11 @@ TIMEOUT = 5  # seconds to wait for a server's answer
 
 
 @dataclass(frozen=True)
-class Cifar10:
-    """Images of one split. images: (N, 32, 32, 3) uint8 RGB; labels: (N,) int64, or None where there are none.
-
-    layout: in words. missing: what of the split is known to be missing, in words. digest: order-free, see `DIGESTS`.
-    """
+class Images:
+    """Images in memory. images: (N, 32, 32, 3) uint8 RGB; labels: (N,) int64, or None where there are none."""
 
     images: np.ndarray
     labels: np.ndarray | None
-    split: str
-    path: Path
-    layout: str
-    missing: str
-    digest: str
-
-    @property
-    def exact(self) -> bool:
-        """True if these are the published images and labels, all of them and nothing else, in any order."""
-        return self.digest == DIGESTS[self.split]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -74,6 +61,25 @@ class Cifar10:
         for start in range(first, end, size):
             part = slice(start, min(start + size, end))
             yield self.images[part], None if self.labels is None else self.labels[part]
+
+
+@dataclass(frozen=True)
+class Cifar10(Images):
+    """The images of one split.
+
+    layout: in words. missing: what of the split is known to be missing, in words. digest: order-free, see `DIGESTS`.
+    """
+
+    split: str
+    path: Path
+    layout: str
+    missing: str
+    digest: str
+
+    @property
+    def exact(self) -> bool:
+        """True if these are the published images and labels, all of them and nothing else, in any order."""
+        return self.digest == DIGESTS[self.split]
 
     def describe(self) -> str:
         """One line: how many images, whether they are complete and exact, which layout and where."""

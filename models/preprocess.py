@@ -36,12 +36,18 @@ class Preprocessing:
     def __post_init__(self) -> None:
         shapes = tuple(self.mean.shape), tuple(self.std.shape)
         if shapes[0] not in ((3, 1, 1), (3, 32, 32)) or shapes[1] != (3, 1, 1) or not (self.std > 0).all():
-            raise ValueError(f"the preprocessing has a mean of shape {shapes[0]} and a std of {shapes[1]}, or a std of 0")
+            raise ValueError(
+                f"the preprocessing has a mean of shape {shapes[0]} and a std of {shapes[1]}, or a std of 0"
+            )
 
     def __call__(self, images: np.ndarray | Tensor) -> Tensor:
         """Images (N, H, W, 3), uint8 RGB, to float32 (N, 3, H, W)."""
         x = torch.as_tensor(images).permute(0, 3, 1, 2).contiguous().float().div_(255)  # (N, H, W, 3) -> (N, 3, H, W)
         return x.sub_(self.mean.to(x.device)).div_(self.std.to(x.device))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """The same for images (N, 3, H, W) in float32, 1 for white, which are left as they are."""
+        return (x - self.mean.to(x.device)) / self.std.to(x.device)
 
 
 def preset(name: str, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Preprocessing:

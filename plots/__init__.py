@@ -9,14 +9,16 @@ if TYPE_CHECKING:
     from plots.decomposition import draw_decomposition
     from plots.dynamics import draw_dynamics
     from plots.fig7 import draw_fig7
+    from plots.neighbours import draw_neighbours
 
-__all__ = ["draw_compare", "draw_decomposition", "draw_dynamics", "draw_fig7", "draw_stages"]
+__all__ = ["draw_compare", "draw_decomposition", "draw_dynamics", "draw_fig7", "draw_neighbours", "draw_stages"]
 
 HOMES = {
     "draw_compare": "plots.compare",
     "draw_decomposition": "plots.decomposition",
     "draw_dynamics": "plots.dynamics",
     "draw_fig7": "plots.fig7",
+    "draw_neighbours": "plots.neighbours",
     "draw_stages": "plots.compare",
 }
 

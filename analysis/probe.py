@@ -1,0 +1,262 @@
+"""Makes a probe set: synthetic images on which networks respond as they do to CIFAR-10's test set.
+
+    python -m analysis.probe --data path/to/cifar10
+    python -m analysis.probe resnet-20 other=checkpoint.pth --held-out third.pth --data path/to/cifar10
+
+takes shipped networks by name and checkpoints (default: all that are shipped), measures them on the test set, and makes
+images by optimisation (analysis/synthesis.py). It says how far from the test set's the layers' std on these images are,
+also for networks that had no part in it (--held-out), beside the closed form. It writes probe.safetensors (the images
+with a card), probe.csv (the errors) and probe.png/.pdf (the images of CIFAR-10 that are nearest to any of them) into
+--out. The same command goes on where it was interrupted. What is shipped is models/probe.safetensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from analysis.inputs import CIFAR10, check_folder, check_options, find_network, is_word, positive
+from analysis.outputs import as_csv, as_images, finish, versions, write_files
+
+if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help does without
+    import numpy as np
+    import pandas as pd
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from analysis.hooks import Result
+    from analysis.inputs import Plan
+    from analysis.synthesis import Spectrum
+
+STATE = "state.pt"  # in --out, while the images are made
+FIXED = {"source": ["hooks"], "split": "test", "images": None, "normalize": "auto", "model": None, "ema": False,
+         "batch_size": None, "precision": "float32", "verbose": False}  # fmt: skip
+CANDIDATES = 6  # dead leaves for each image that is chosen of them
+SHOWN = 10  # pairs of nearest neighbours
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.probe",
+        description="Make synthetic images on which networks respond as they do to CIFAR-10's test set.",
+    )
+    add = parser.add_argument
+    add("items", nargs="*", metavar="[LABEL=]ITEM", help="a shipped network's name or a checkpoint, to make them with "
+        "(default: all shipped networks)")  # fmt: skip
+    add("--held-out", nargs="+", default=[], metavar="[LABEL=]ITEM", help="networks to test them on")
+    add("--data", type=Path, default=Path(CIFAR10), metavar="PATH", help="CIFAR-10 (default: $CIFAR10, ./data, cache "
+        "folder, download)")  # fmt: skip
+    add("--count", type=positive, default=480, metavar="N", help="images to make (default: %(default)s)")
+    add("--rounds", type=positive, default=8, metavar="N", help="times that every network sees all images (default: "
+        "%(default)s)")  # fmt: skip
+    add("--seed", type=int, default=0, metavar="N", help="of the images to set out from (default: %(default)s)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    add("--out", type=Path, default=Path("runs/probe"), metavar="DIR", help="default: %(default)s")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv, argparse.Namespace(**FIXED))
+    check_options(parser, args)
+    return finish(run, args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, make, print and write. Raises ValueError or OSError, with what to do, for bad input."""
+    import pandas as pd
+
+    from analysis.inputs import prepare
+    from analysis.sources import compute, run_on
+    from models import zoo
+    from models.cifar10 import Cifar10
+    from models.probe import Probe, as_bytes
+
+    check_folder(args.out)
+    made_with = [find_network(item) for item in args.items or zoo.shipped()]
+    plan = prepare(args, made_with + [find_network(item) for item in args.held_out])
+    if not isinstance(plan.data, Cifar10) or not plan.data.exact:
+        raise ValueError(f"--data {args.data}: not CIFAR-10's test set, complete and exact, which the images stand for")
+    results = run_on(args, plan.networks, plan.data)
+    frames = [result.to_frame(network.label) for result, network in zip(results, plan.networks, strict=True)]
+    images = make(args, plan, results[: len(made_with)])
+    probe = Probe(images, None, {}, args.out / "probe.safetensors")
+    again = [result.to_frame("") for result in run_on(args, plan.networks, probe)]
+    formulas = [compute(network) for network in plan.networks]
+    rows = []
+    for number, (network, *three) in enumerate(zip(plan.networks, frames, again, formulas, strict=True)):
+        rows.append({"network": network.label, "made_with": number < len(made_with), **errors(*three)})
+    table = pd.DataFrame(rows)
+    figure, distances = compare_pixels(images, args.data)
+    files = {"probe.safetensors": as_bytes(images, describe(args, plan, rows)), "probe.csv": as_csv(table)}
+    written = write_files(args.out, files | as_images("probe", figure, ["png", "pdf"]))
+    (args.out / STATE).unlink()
+    print_table(table)
+    print(distances)
+    print(written)
+
+
+def make(args: argparse.Namespace, plan: Plan, results: list[Result]) -> np.ndarray:
+    """The images (N, 32, 32, 3), uint8, from where an interrupted run has left them. The state is saved every round."""
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    from analysis.synthesis import Goal, Spectrum, Synthesis, choose
+    from models.cifar10 import Cifar10
+
+    assert isinstance(plan.data, Cifar10)  # see run
+    networks = plan.networks[: len(results)]
+    goals = []
+    for network, result in zip(networks, results, strict=True):
+        assert network.checkpoint.preprocessing is not None  # recognised at the latest, as there are images
+        goals.append(Goal(network.model, network.checkpoint.preprocessing, result))
+    asked = {"networks": [network.checkpoint.digest for network in networks],
+             "count": args.count, "rounds": args.rounds, "seed": args.seed}  # fmt: skip
+    spectrum, path = Spectrum(plan.data.images), args.out / STATE
+    state = read_state(path, asked)
+    if not state:
+        state = {"waves": (waves := first_waves(args, plan.data.images, spectrum))}
+        state["chosen"] = torch.from_numpy(choose(goals, spectrum.pixels(waves), args.count, args.seed))
+    synthesis = Synthesis(goals, spectrum, state["waves"][state["chosen"]], args.rounds, args.seed)
+    if "synthesis" in state:
+        synthesis.restore(state["synthesis"])
+        print(f"{path}: going on after step {synthesis.step} of {synthesis.steps}")
+    every = synthesis.steps // args.rounds
+    with tqdm(total=synthesis.steps, initial=synthesis.step, unit=" steps", leave=False, disable=None) as bar:
+        for loss in synthesis.go_on():
+            bar.set_postfix(loss=f"{loss:.4f}")
+            bar.update()
+            if synthesis.step % every == 0:
+                write_state(path, asked, state | {"synthesis": synthesis.state()})
+    many = np.concatenate([spectrum.pixels(state["waves"]), spectrum.pixels(synthesis.waves)])
+    images: np.ndarray = many[choose(goals, many, args.count, args.seed)]
+    return images
+
+
+def first_waves(args: argparse.Namespace, test: np.ndarray, spectrum: Spectrum) -> Tensor:
+    """Those of the dead leaves among which the images are chosen."""
+    from tqdm import tqdm
+
+    from analysis.leaves import dead_leaves
+
+    count = CANDIDATES * args.count
+    with tqdm(total=count, desc="dead leaves", leave=False, disable=None) as bar:
+        return spectrum.waves(dead_leaves(test, count, args.seed, bar.update))
+
+
+def write_state(path: Path, asked: dict[str, Any], state: dict[str, Any]) -> None:
+    """Write the state of images in the making, whole or not at all."""
+    import torch
+
+    from models.files import replacing
+
+    with replacing(path) as temporary:
+        torch.save({"asked": asked, "state": state}, temporary)
+
+
+def read_state(path: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The state in a file, if there is one. ValueError where it is another command's, or damaged."""
+    import torch
+
+    if not path.exists():
+        return None
+    try:
+        kept = torch.load(path, weights_only=True)
+        other = [name for name, value in asked.items() if kept["asked"][name] != value]
+        state: dict[str, Any] = kept["state"]
+    except Exception as error:  # torch.load raises anything
+        raise ValueError(f"{path}: damaged; move it away, and the images are made from the beginning") from error
+    if other:
+        raise ValueError(f"{path}: images in the making with other {', '.join(other)}; name another --out")
+    return state
+
+
+def errors(test: pd.DataFrame, probe: pd.DataFrame, formula: pd.DataFrame) -> dict[str, float]:
+    """How far from the stds on the test set those on the images are, and those of the closed form, relatively."""
+    import numpy as np
+
+    result = {}
+    for name, frame in (("", probe), ("closed_form_", formula)):
+        relative = (frame["std"] / test["std"] - 1).abs()
+        result[f"{name}mean"], result[f"{name}largest"] = float(relative.mean()), float(relative.max())
+        result[f"{name}r"] = float(np.corrcoef(frame["std"], test["std"])[0, 1])
+    return result
+
+
+def describe(args: argparse.Namespace, plan: Plan, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The card: how the images were made, and how far from the test set's the responses to them are."""
+    from analysis.inputs import trained
+
+    networks = {}
+    for network, row in zip(plan.networks, rows, strict=True):
+        checkpoint = network.checkpoint
+        networks[network.label] = {
+            "sha256": checkpoint.digest, "iterations": trained(checkpoint), **{k: row[k] for k in row if k != "network"}
+        }  # fmt: skip
+    return {"networks": networks, "count": args.count, "rounds": args.rounds, "seed": args.seed, "versions": versions()}
+
+
+def load_all(path: Path) -> np.ndarray:
+    """All images of CIFAR-10 (N, 32, 32, 3): the test set's, then the training set's, where that is at hand."""
+    import numpy as np
+
+    from models import cifar10
+    from models.layouts import NoData
+
+    place = None if is_word(path, CIFAR10) else path
+    test = cifar10.load(place).images
+    try:
+        return np.concatenate([test, cifar10.load(place, "train", download=False).images])
+    except NoData:
+        return test
+
+
+def nearest(images: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each of n images, mirrored or not, the two nearest others: their distances and their numbers, (n, 2).
+
+    The distance is the root of the mean squared difference of values from 0 to 255.
+    """
+    import torch
+
+    flat = torch.from_numpy(others).flatten(1).float()  # (N, 3072)
+    squares = flat.square().sum(1)
+    found = []
+    for image in torch.from_numpy(images):
+        both = torch.stack([image, image.flip(1)]).flatten(1).float()  # (2, 3072): as it is, and mirrored
+        distances = both.square().sum(1, keepdim=True) - 2 * both @ flat.T + squares  # (2, N)
+        found.append(distances.amin(0).clamp_min(0).topk(2, largest=False))
+    values, numbers = (torch.stack(part) for part in zip(*found, strict=True))
+    return (values / flat.shape[1]).sqrt().numpy(), numbers.numpy()
+
+
+def compare_pixels(images: np.ndarray, path: Path) -> tuple[Figure, str]:
+    """The images that are nearest to one of CIFAR-10, as a figure, and a line that says how near they are."""
+    import numpy as np
+
+    from plots import draw_neighbours
+
+    others = load_all(path)
+    distances, numbers = nearest(images, others)
+    usual = float(np.median(nearest(others[: len(images)], others)[0][:, 1]))  # the nearest one is the image itself
+    order = np.argsort(distances[:, 0])[:SHOWN]
+    figure = draw_neighbours(images[order], others[numbers[order, 0]], distances[order, 0])
+    return figure, (
+        f"the nearest of CIFAR-10's {len(others):,} images is {distances[order[0], 0]:.1f} away (RMS, of 255); for the "
+        f"first {min(len(images), len(others))} test images the nearest other one is {usual:.1f} away, in the median"
+    )
+
+
+def print_table(table: pd.DataFrame) -> None:
+    """One line a network: how far from the test set's its stds are on the images, and by the closed form."""
+    import pandas as pd
+
+    shown = pd.DataFrame({"network": table["network"], "made with": table["made_with"].map({True: "yes", False: "no"})})
+    for prefix, name in (("", "probe"), ("closed_form_", "closed form")):
+        for column in ("mean", "largest"):
+            shown[f"{name}: {column} %"] = (100 * table[prefix + column]).map("{:.1f}".format)
+        shown[f"{name}: r"] = table[f"{prefix}r"].map("{:.3f}".format)
+    print("\nRelative differences of the layers' std to the test set's:\n" + shown.to_string(index=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from analysis import synthesis
+from analysis.probe import main, nearest
+from models import build, checkpoints, cifar10, probe
+from models.files import sha256
+from models.layouts import CLASSES
+from models.preprocess import PRESETS
+from tests.models.test_recognition import blobs, record
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Forty images in class folders."""
+    path = tmp_path_factory.mktemp("cifar")
+    for i, image in enumerate(blobs(40, seed=0)):
+        (path / CLASSES[i % 10]).mkdir(exist_ok=True)
+        Image.fromarray(image).save(path / CLASSES[i % 10] / f"{i}.png")
+    return path
+
+
+@pytest.fixture
+def words(folder, tmp_path, monkeypatch):
+    """A command for two networks on a test set that is taken for the published one."""
+    monkeypatch.setitem(cifar10.DIGESTS, "test", cifar10.load(folder).digest)
+    monkeypatch.setattr(synthesis, "EXCHANGES", 20)
+    monkeypatch.setattr("analysis.probe.CANDIDATES", 2)
+    for name in ("resnet-8", "plain-8"):
+        network = record(build(name), PRESETS["imagenet"](blobs(40, seed=0)))
+        checkpoints.save(
+            tmp_path / f"{name}.safetensors", network, PRESETS["imagenet"], crop_padding="none", training={}
+        )
+    networks = (tmp_path / "resnet-8.safetensors", "--held-out", f"other={tmp_path / 'plain-8.safetensors'}")
+    return (*networks, "--data", folder, "--count", 70, "--rounds", 2)
+
+
+def run(*words):
+    return main([str(word) for word in words])
+
+
+def test_the_command(words, tmp_path, capsys):
+    assert run(*words, "--out", tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "probe.csv", "probe.pdf", "probe.png", "probe.safetensors"]  # fmt: skip
+    data = probe.load(tmp_path / "out" / "probe.safetensors")
+    assert data.images.shape == (70, 32, 32, 3)
+    assert len(np.unique(data.images.reshape(70, -1), axis=0)) == 70
+    table = pd.read_csv(tmp_path / "out" / "probe.csv").set_index("network")
+    assert table["made_with"].to_dict() == {"resnet-8": True, "other": False}
+    for name, file in (("resnet-8", "resnet-8"), ("other", "plain-8")):
+        entry = data.card["networks"][name]
+        assert entry["sha256"] == sha256(tmp_path / f"{file}.safetensors")
+        assert entry["mean"] == pytest.approx(table.loc[name, "mean"])
+        assert f"{100 * entry['mean']:.1f}" in printed
+    assert data.card["versions"]["torch"] == torch.__version__
+    assert {key: data.card[key] for key in ("count", "rounds", "seed")} == {"count": 70, "rounds": 2, "seed": 0}
+    assert "the nearest of CIFAR-10's 80 images is " in printed  # a folder without splits is taken for both
+
+
+def test_the_errors_are_those_that_responses_gives(words, folder, tmp_path):
+    """Measured again by the other command, on the images that were written."""
+    from analysis.responses import main as responses
+
+    assert run(*words, "--out", tmp_path / "out") == 0
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    data = probe.load(tmp_path / "out" / "probe.safetensors")
+    for i, image in enumerate(data.images):
+        Image.fromarray(image).save(pictures / f"{i}.png")
+    means = {}
+    for name, source in (("test", folder), ("probe", pictures)):
+        options = ["--data", str(source), "--format", "svg", "--out", str(tmp_path / name)]
+        assert responses(["--checkpoint", str(tmp_path / "plain-8.safetensors"), *options]) == 0
+        means[name] = pd.read_csv(tmp_path / name / "responses.csv")["std"]
+    relative = (means["probe"] / means["test"] - 1).abs()
+    entry = data.card["networks"]["other"]
+    assert entry["mean"] == pytest.approx(relative.mean(), rel=1e-3)
+    assert entry["largest"] == pytest.approx(relative.max(), rel=1e-3)
+    assert entry["r"] == pytest.approx(np.corrcoef(means["probe"], means["test"])[0, 1], rel=1e-3)
+
+
+def test_it_goes_on_where_it_was_interrupted(words, tmp_path, capsys, monkeypatch):
+    assert run(*words, "--out", tmp_path / "whole") == 0
+    steps = synthesis.Synthesis.go_on
+
+    def interrupted(self):
+        for number, loss in enumerate(steps(self)):
+            if number == 3:  # in the second round of two steps
+                raise KeyboardInterrupt
+            yield loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(synthesis.Synthesis, "go_on", interrupted)
+        assert run(*words, "--out", tmp_path / "parts") == 130
+    assert [file.name for file in (tmp_path / "parts").iterdir()] == ["state.pt"]
+    capsys.readouterr()
+    assert run(*words, "--seed", 1, "--out", tmp_path / "parts") == 2
+    assert "state.pt: images in the making with other seed; name another --out" in capsys.readouterr().err
+    assert run(*words, "--out", tmp_path / "parts") == 0
+    assert "state.pt: going on after step 2 of 4" in capsys.readouterr().out
+    whole, parts = (probe.load(tmp_path / name / "probe.safetensors") for name in ("whole", "parts"))
+    assert np.array_equal(whole.images, parts.images)
+    assert whole.card == parts.card
+    assert not (tmp_path / "parts" / "state.pt").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a state", None])
+def test_a_damaged_state_is_refused(content, words, tmp_path, capsys):
+    state = tmp_path / "out" / "state.pt"
+    state.parent.mkdir()
+    torch.save([1], state) if content is None else state.write_bytes(content)
+    assert run(*words, "--out", tmp_path / "out") == 2
+    assert f"error: {state}: damaged; move it away" in capsys.readouterr().err
+    assert state.exists()
+
+
+def test_only_the_test_set_itself_will_do(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(cifar10.DIGESTS, "test", "of the published images")
+    assert run(*words, "--out", tmp_path / "out") == 2
+    assert "not CIFAR-10's test set, complete and exact" in capsys.readouterr().err
+
+
+def test_without_cifar10_it_is_an_error(words, tmp_path, capsys):
+    """The probe set does not stand for what it is made from."""
+    assert run(words[0], "--out", tmp_path / "out") == 2
+    assert "error: no CIFAR-10 test images found" in capsys.readouterr().err
+
+
+def test_nearest_neighbours():
+    others = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
+    mirrored = others[7, :, ::-1].astype(int)
+    distances, numbers = nearest(np.stack([others[3], np.clip(mirrored + 3, 0, 255).astype(np.uint8)]), others)
+    assert numbers[:, 0].tolist() == [3, 7]
+    assert distances[0, 0] == pytest.approx(0, abs=0.5)
+    assert distances[1, 0] == pytest.approx(3, abs=0.1)
+    expected = np.sqrt(np.mean((others[3] - others[numbers[0, 1]].astype(float)) ** 2))
+    straight = min(expected, np.sqrt(np.mean((others[3, :, ::-1] - others[numbers[0, 1]].astype(float)) ** 2)))
+    assert distances[0, 1] == pytest.approx(straight, rel=1e-3)
