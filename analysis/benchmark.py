@@ -27,7 +27,7 @@ from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from analysis.inputs import check_folder, positive
+from analysis.inputs import CIFAR10, PROBE, check_folder, is_word, positive
 from analysis.outputs import as_csv, as_images, finish, write_files
 from analysis.sources import FEW, default_batch_size
 
@@ -62,7 +62,7 @@ class Job:
     network: str
     images: int
     batch_size: int
-    data: str | None
+    data: Path | None
     device: str
     threads: int
 
@@ -85,7 +85,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=positive, metavar="N", help="images at a time (default: as analysis.responses)")
     add("--repeats", type=positive, default=5, metavar="N", help="rounds (default: %(default)s)")
     add("--threads", type=positive, metavar="N", help="threads of torch (default: torch's own choice)")
-    add("--data", type=Path, metavar="PATH", help="CIFAR-10's test images (default: random pixels)")
+    add(
+        "--data",
+        type=Path,
+        metavar="PATH",
+        help="CIFAR-10's test images, or probe: the probe set (default: random pixels)",
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     add("--out", type=Path, default=Path("figures"), metavar="DIR", help="default: %(default)s")
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -117,20 +122,18 @@ def make_job(args: argparse.Namespace, name: str) -> Job:
     """What is to be done for one network. ValueError for a network or images that do not exist."""
     import torch
 
-    from models import cifar10
     from models.resnet import SIZES, parse_name
 
     large = parse_name(name).images == "imagenet"
     images = max(1, args.images // SHARE) if large else args.images
     if args.data and not large:
-        there = len(cifar10.load(args.data))
+        there = len(test_images(args.data))
         if there < images:
             raise ValueError(f"--images {images}: there are {there} images in {args.data}")
     size = SIZES["imagenet" if large else "cifar"]
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     batch_size = args.batch_size or default_batch_size(size, device)
-    data = str(args.data.resolve()) if args.data and not large else None
-    return Job(name, images, batch_size, data, device, args.threads or torch.get_num_threads())
+    return Job(name, images, batch_size, None if large else args.data, device, args.threads or torch.get_num_threads())
 
 
 def load_network(job: Job) -> nn.Module:
@@ -154,15 +157,23 @@ def load_network(job: Job) -> nn.Module:
     return model.eval().to(job.device)
 
 
+def test_images(path: Path) -> np.ndarray:
+    """CIFAR-10's test images, or the probe set (N, 32, 32, 3), uint8."""
+    from models import cifar10, probe
+
+    if is_word(path, PROBE):
+        return probe.load().images
+    return cifar10.load(None if is_word(path, CIFAR10) else path).images
+
+
 def load_images(job: Job) -> np.ndarray:
     """Images (N, H, W, 3) uint8: the first of CIFAR-10's test set, or random pixels."""
     import numpy as np
 
-    from models import cifar10
     from models.resnet import SIZES, parse_name
 
     if job.data:
-        return cifar10.load(job.data).images[: job.images]
+        return test_images(job.data)[: job.images]
     size = SIZES[parse_name(job.network).images]
     return np.random.default_rng(0).integers(0, 256, (job.images, size, size, 3), dtype=np.uint8)
 

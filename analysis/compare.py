@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from analysis.entries import Entry, read_entries, same_tensors
 from analysis.inputs import add_options, check_folder, check_options
-from analysis.outputs import add_page_option, as_csv, as_images, as_json, as_page, finish, write_files
+from analysis.outputs import add_page_option, as_csv, as_images, as_json, as_page, finish, note_stand_in, write_files
 from analysis.processes import together
 
 if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help does without
@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
     files = {"compare.csv": as_csv(pd.concat(differences, ignore_index=True)), "compare.json": as_json(provenance)}
     to_first = differences[: len(entries) - 1]
     figures = {"compare": draw_compare(curves, to_first), "compare-stages": draw_stages(curves)}
+    note_stand_in(figures.values(), provenance)
     for name, figure in figures.items():
         files |= as_images(name, figure, args.format)
     if args.html:

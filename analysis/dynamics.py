@@ -29,6 +29,7 @@ from analysis.outputs import (
     as_page,
     describe_network,
     finish,
+    note_stand_in,
     write_files,
 )
 from analysis.processes import together
@@ -76,6 +77,7 @@ def run(args: argparse.Namespace) -> None:
     known = pd.concat([frame[["iteration", "lr"]], epochs[["iteration", "lr"]]]).sort_values("iteration")
     figure = draw_dynamics(frame, epochs, find_steps(recipe, list(known.itertuples(index=False))))
     provenance = describe_run(args, plan, frames)
+    note_stand_in([figure], provenance)
     files = {"dynamics.csv": as_csv(frame), "dynamics.json": as_json(provenance)}
     files |= as_images("dynamics", figure, args.format)
     if args.html:

@@ -84,6 +84,16 @@ def as_images(name: str, figure: Figure, formats: list[str]) -> dict[str, bytes]
     return files
 
 
+def note_stand_in(figures: Iterable[Figure], provenance: Mapping[str, Any]) -> None:
+    """Write below figures on which images the numbers rest, where these stand for others (`describe_network`)."""
+    from plots.style import write_note
+
+    notes = {entry["data"]["note"] for entry in provenance.values() if "note" in entry.get("data", {})}
+    for figure in figures:
+        for note in notes:
+            write_note(figure, note)
+
+
 def add_page_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", action="store_true", help="write a page to look at, too: one file that needs no "
         "network, with the figures, every layer and where the numbers come from")  # fmt: skip

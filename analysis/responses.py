@@ -15,7 +15,17 @@ import sys
 from typing import TYPE_CHECKING
 
 from analysis.inputs import Found, Network, add_options, check_folder, check_options, positive, split_label
-from analysis.outputs import add_page_option, as_csv, as_images, as_json, as_page, describe_network, finish, write_files
+from analysis.outputs import (
+    add_page_option,
+    as_csv,
+    as_images,
+    as_json,
+    as_page,
+    describe_network,
+    finish,
+    note_stand_in,
+    write_files,
+)
 from analysis.processes import together
 
 if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help does without
@@ -87,6 +97,7 @@ def run(args: argparse.Namespace) -> None:
         "fig7": draw_fig7(frame, None if args.no_paper else curves(), note=short_runs(plan.networks)),
         "decomposition": draw_decomposition(frame),
     }
+    note_stand_in(figures.values(), provenance)
     files = {"responses.csv": as_csv(frame), "claims.csv": as_csv(claims), "responses.json": as_json(provenance)}
     for name, figure in figures.items():
         files |= as_images(name, figure, args.format)

@@ -125,6 +125,8 @@ def load(path: str | Path | None = None, split: str = "test", download: bool = T
                 return fetch(source, split)
             except OSError as error:
                 tried.append(f"{source} ({reason(error)})")
+                if reason(error) == "timed out":  # so would the next one: the way out is closed
+                    break
     raise NoData(f"no CIFAR-10 {split} images found: tried {', '.join(tried)}; name its folder or archive with --data")
 
 

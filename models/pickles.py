@@ -1,10 +1,10 @@
 """Pickles of dictionaries, lists, strings, numbers and numpy arrays, read without running code from them.
 
-    >>> import pickle
-    >>> import numpy as np
-    >>> from models.pickles import read_pickle
-    >>> read_pickle(pickle.dumps({"data": np.array([1, 2], np.uint8)}))["data"].values
-    array([1, 2], dtype=uint8)
+>>> import pickle
+>>> import numpy as np
+>>> from models.pickles import read_pickle
+>>> read_pickle(pickle.dumps({"data": np.array([1, 2], np.uint8)}))["data"].values
+array([1, 2], dtype=uint8)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def read_pickle(content: bytes) -> Any:
 def check_memo(content: bytes) -> None:
     """ValueError for a pickle that remembers something under a huge number: room for all below would be made."""
     for opcode, argument, _ in pickletools.genops(content):
-        if opcode.name.endswith("PUT") and int(argument) > len(content):
+        if opcode.name.endswith("PUT") and int(argument or 0) > len(content):
             raise ValueError("it remembers more than it holds")
 
 

@@ -44,14 +44,13 @@ class Probe(Images):
         networks = self.card["networks"].values()
         ours, other = (100 * max(n["mean"] for n in networks if n["made_with"] is made) for made in (True, False))
         return (
-            f"measured on the probe set, {len(self)} synthetic images in place of CIFAR-10: std within {ours:.1f} % of "
-            f"the test set's for\nthe networks it was made with, {other:.1f} % for others (mean over layers, the worst "
-            "network tried)"
+            f"measured on the probe set ({len(self)} synthetic images in place of CIFAR-10): std within\n"
+            f"{ours:.1f} % of the test set's for the networks it was made with, {other:.1f} % for others"
         )
 
     def describe(self) -> str:
         """One line: which images, and what error is to be expected."""
-        return " ".join(self.note.split())
+        return f"{' '.join(self.note.split())} (mean over layers, the worst of the networks tried)"
 
     def provenance(self) -> dict[str, Any]:
         """Where the images come from, as JSON can hold it."""

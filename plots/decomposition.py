@@ -57,7 +57,8 @@ def draw_decomposition(frame: pd.DataFrame) -> Figure:
             panel.remove()
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, handlelength=1.2)
-        figure.supxlabel("layer index", fontsize=8)
+        for panel in figure.axes[-columns:]:  # below them there is none
+            panel.set_xlabel("layer index")
         figure.supylabel("std²", fontsize=8)
     return figure
 

@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from plots.fig7 import STEEP
 from plots.marks import mark
-from plots.style import RC, WIDTH, display_name
+from plots.style import RC, WIDTH, display_name, write_note
 
 OUTER = 1 / 16  # of the axis' span, as far as this a cell reaches beyond the first and the last snapshot
 WIDE, NARROW = 0.18, 0.1  # from these shares of the axis on a learning rate has room for "lr = 0.01", for "0.01"
@@ -53,7 +53,7 @@ def draw_dynamics(
         draw_mean(lower, stds.mean(), line)
         draw_steps(lower, steps)
         if note:
-            figure.supxlabel(note, fontsize=6.5, style="italic")
+            write_note(figure, note)
     return figure
 
 

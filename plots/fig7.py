@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from plots.marks import mark, mark_legend
-from plots.style import RC, WIDTH, styles
+from plots.style import RC, WIDTH, styles, write_note
 
 BEHIND: dict[str, dict[str, Any]] = {  # curves in a network's colour beside its own, as the legend calls them
     "paper (pale)": {"linewidth": 0.6, "alpha": 0.35},
@@ -58,11 +58,10 @@ def draw_fig7(frame: pd.DataFrame, paper: pd.DataFrame | None = None, note: str 
                 [line] = panel.plot(index, std, **look[str(network)] | dotted)
                 mark(line, str(network), layer)
             finish(panel, order, [entry for entry, wanted in zip(BEHIND, (shown, both), strict=True) if wanted])
-        notes = [note] if note else []
         if formula.all():
-            notes.insert(0, "closed form from BN's tensors, not measured on images")
-        if notes:
-            figure.supxlabel("\n".join(notes), fontsize=6.5, style="italic")
+            write_note(figure, "closed form from BN's tensors, not measured on images")
+        if note:
+            write_note(figure, note)
     return figure
 
 

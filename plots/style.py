@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 import seaborn as sns
+from matplotlib.figure import Figure
 
 PAPER_COLORS = {20: (0.75, 0.75, 0.0), 56: (1.0, 0.0, 0.0), 110: (0.0, 0.0, 0.0)}  # by depth
 DASHES = {"plain": (3.0, 1.2)}  # in line widths; all other kinds are solid
@@ -74,3 +75,9 @@ def display_name(network: str) -> str:
     name = network.replace("resnet-", "ResNet-", 1) if network.startswith("resnet-") else network
     name = name.replace("$", r"\$")  # no formula
     return f" {name}" if name.startswith("_") else name  # matplotlib leaves out labels with an underscore
+
+
+def write_note(figure: Figure, note: str) -> None:
+    """Write a note below a figure, under those that stand there."""
+    lines = [line for line in (figure.get_supxlabel(), note) if line]
+    figure.supxlabel("\n".join(lines), fontsize=6.5, style="italic")

@@ -377,7 +377,7 @@ def download(path, why, folder, rounds):
     (folder / "served" / "test.parquet").write_bytes(random.Random(0).randbytes(100_000))
     cache = mock.patch.dict(os.environ, {"LAYER_RESPONSES_CACHE": str(folder / "cache")})
     with served(folder / "served") as url, cache, mock.patch.dict(cifar10.SOURCES, {"test": (f"{url}/{path}",)}):
-        status, lines = execute(*CLOSED_FORM, "--source", "hooks", "--out", "out")
+        status, lines = execute(*CLOSED_FORM, "--source", "hooks", "--data", "cifar10", "--out", "out")
     line = only_line((status, lines[-1:]), 2, "error: no CIFAR-10 test images found", why)
     assert [path for path in (folder / "cache").rglob("*") if path.is_file()] == []
     return f"nothing is kept; {line.replace(url, 'http://127.0.0.1').replace(str(folder), '...')}"

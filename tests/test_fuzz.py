@@ -49,7 +49,27 @@ from models.recipe import Recipe
 MEMORY = 400 * 2**20  # bytes that a reader may need above what it had before
 CALLS = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen", "socket.connect", "ctypes.dlopen")
 EXTREMES = (0, 1, -1, 127, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, -(2**63))
-VALUES = (None, True, -1, 0, 1e308, float("nan"), 2**31, 2**63, 10**30, "", "a\n\x1b[2J", [], [[]], {}, "F64", "F8_E4M3", "C64", "F4", "plain")
+VALUES = (
+    None,
+    True,
+    -1,
+    0,
+    1e308,
+    float("nan"),
+    2**31,
+    2**63,
+    10**30,
+    "",
+    "a\n\x1b[2J",
+    [],
+    [[]],
+    {},
+    "F64",
+    "F8_E4M3",
+    "C64",
+    "F4",
+    "plain",
+)
 
 # What is read, and how
 
@@ -106,7 +126,9 @@ def deep_grey():
 
 def tiny():
     conv, norm = torch.nn.Conv2d(3, 2, 3), torch.nn.BatchNorm2d(2)
-    return {f"conv1.{k}": v for k, v in conv.state_dict().items()} | {f"bn1.{k}": v for k, v in norm.state_dict().items()}
+    return {f"conv1.{k}": v for k, v in conv.state_dict().items()} | {
+        f"bn1.{k}": v for k, v in norm.state_dict().items()
+    }
 
 
 def snapshot(recipe):
@@ -185,7 +207,11 @@ def make_seeds():
         },
         read_csv: {"responses.csv": frame()},
     }
-    seeds = {f"{read.__name__}, {name}": (read, {name: content}, name) for read, group in files.items() for name, content in group.items()}
+    seeds = {
+        f"{read.__name__}, {name}": (read, {name: content}, name)
+        for read, group in files.items()
+        for name, content in group.items()
+    }
     return seeds | {f"read_run, {name}": (read_run, run, name) for name in run}
 
 
@@ -217,7 +243,9 @@ def damage(random, content, others):
             start = random.randrange(len(other) + 1)
             content[at:to] = other[start : start + random.choice((1, 8, 64, 512))]
         else:
-            content[at:at] = random.choice((b"\n", b"\0", b'"', b",", b"9" * 5000, b"\x1b[2J", b"nan", b"[" * 2000, b"1e999"))
+            content[at:at] = random.choice(
+                (b"\n", b"\0", b'"', b",", b"9" * 5000, b"\x1b[2J", b"nan", b"[" * 2000, b"1e999")
+            )
     return bytes(content)
 
 
@@ -261,7 +289,9 @@ def damage_pickle(random, content):
             numbers = [i for i, part in enumerate(parts) if part[:1] in (b"K", b"M", b"J", b"\x8a")] or [at]
             parts[random.choice(numbers)] = b"\x8a\x08" + struct.pack("<q", random.choice(EXTREMES))
         else:
-            parts[at] += random.choice((b"N", b")", b"]", b"}", b"R", b"b", b"0", b"2", b"\x81", b"r\xff\xff\xff\x7f", b"q\0", b"\x85"))
+            parts[at] += random.choice(
+                (b"N", b")", b"]", b"}", b"R", b"b", b"0", b"2", b"\x81", b"r\xff\xff\xff\x7f", b"q\0", b"\x85")
+            )
     return b"".join(parts)
 
 
@@ -360,8 +390,6 @@ def forge(random, name):
     read, files, target = SEEDS[name]
     damaged = (damage_inside if random.random() < 0.6 else damage)(random, files[target], CONTENTS)
     return read, files | {target: damaged}
-
-
 
 
 def main():

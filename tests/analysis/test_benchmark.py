@@ -1,6 +1,7 @@
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ from PIL import Image
 from analysis import benchmark
 from analysis.benchmark import COLUMNS, Job, layer_error, load_images, main, make_parser, table
 from analysis.ways import PLAIN, PLAIN_BFLOAT16, WAYS, two_pass
-from models import build, zoo
+from models import build, probe, zoo
 from tests.conftest import ROOT
 
 MEASURING = [way for way in WAYS if way not in (PLAIN, PLAIN_BFLOAT16, "torchlens")]
@@ -191,10 +192,18 @@ def test_cifar10_where_it_is_named(tmp_path, same_process, capsys):
     folder.mkdir(parents=True)
     for index, image in enumerate(pixels):
         Image.fromarray(image).save(folder / f"{index}.png")
-    job = Job("resnet-8", 2, 8, str(tmp_path), "cpu", 1)
+    job = Job("resnet-8", 2, 8, tmp_path, "cpu", 1)
     assert np.array_equal(load_images(job), pixels[:2])
     assert run(tmp_path, "--networks", "resnet-8", "--data", str(tmp_path), "--images", "9") == 2
     assert capsys.readouterr().err == f"error: --images 9: there are 3 images in {tmp_path}\n"
+
+
+def test_the_probe_set_where_it_is_named(tmp_path, same_process, capsys):
+    assert np.array_equal(load_images(Job("resnet-8", 2, 8, Path("probe"), "cpu", 1)), probe.load().images[:2])
+    assert run(tmp_path, "--networks", "resnet-8", "--data", "probe", "--images", "9000") == 2
+    assert capsys.readouterr().err == f"error: --images 9000: there are {len(probe.load())} images in probe\n"
+    assert run(tmp_path, "--networks", "resnet-8", "--data", "cifar10") == 2
+    assert capsys.readouterr().err.startswith("error: no CIFAR-10 test images found: tried ")
 
 
 @pytest.mark.parametrize(

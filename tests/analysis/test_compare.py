@@ -10,7 +10,7 @@ import torch
 
 from analysis.compare import main
 from analysis.differences import COLUMNS
-from models import build, checkpoints, closed_form
+from models import build, checkpoints, closed_form, probe
 from models.preprocess import PRESETS
 from tests.analysis.test_inputs import cifar  # noqa: F401 (a fixture)
 from tests.conftest import ROOT
@@ -67,6 +67,12 @@ def test_two_checkpoints(files, out, capsys):
         "compare-stages.svg", "compare.csv", "compare.json", "compare.svg"
     ]  # fmt: skip
     assert list(json.loads((out / "compare.json").read_text())) == ["resnet-8", "plain-8"]
+
+
+def test_figures_say_on_which_images_they_rest(files, out):
+    assert run(files["resnet-8"], files["plain-8"], "--data", "probe", "--out", out, "--format", "svg") == 0
+    for name in ("compare", "compare-stages"):
+        assert all(line in (out / f"{name}.svg").read_text() for line in probe.load().note.splitlines())
 
 
 def test_other_depths_are_compared_by_relative_depth(files, out):

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import analysis
 from analysis.dynamics import find_steps, main
 from analysis.frame import COLUMNS
-from models import build, checkpoints, cifar10, closed_form, training
+from models import build, checkpoints, cifar10, closed_form, probe, training
 from models.files import sha256
 from models.preprocess import PRESETS
 from models.recipe import Recipe
@@ -74,6 +74,14 @@ def out(tmp_path):
 
 def formula(folder, iteration):
     return closed_form(checkpoints.load(folder / "snapshots" / f"iteration-{iteration:07}.safetensors").model)
+
+
+def test_snapshots_on_the_probe_set(folder, out):
+    for iteration in (0, 20):
+        (folder / "snapshots" / f"iteration-{iteration:07}.safetensors").unlink()
+    assert execute(folder, "--source", "hooks", "--data", "probe", "--out", out, "--format", "svg") == 0
+    assert set(pd.read_csv(out / "dynamics.csv")["images"]) == {len(probe.load())}
+    assert all(line in (out / "dynamics.svg").read_text() for line in probe.load().note.splitlines())
 
 
 def test_every_snapshot_by_the_closed_form(folder, out, capsys):

@@ -95,6 +95,8 @@ def test_without_images_it_is_the_closed_form(resnet_18, tmp_path, capsys):
     assert len(frame_of(tmp_path / "out")) == 16
     assert run("--checkpoint", resnet_18, "--out", tmp_path / "other", "--source", "hooks") == 2
     assert "error: no images for networks of 224x224 input: name a folder" in capsys.readouterr().err
+    assert run("--checkpoint", resnet_18, "--out", tmp_path / "other", "--data", "probe") == 2
+    assert "error: --data probe: 32x32 images; these networks take 224x224: name a folder" in capsys.readouterr().err
 
 
 def test_the_stride_of_bottlenecks_is_recognised_on_images(tmp_path):

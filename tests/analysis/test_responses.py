@@ -16,7 +16,7 @@ import analysis
 from analysis.frame import COLUMNS
 from analysis.inputs import split_label
 from analysis.responses import main
-from models import build, checkpoints, cifar10, closed_form, zoo
+from models import build, checkpoints, cifar10, closed_form, probe, zoo
 from models.layouts import CLASSES
 from models.preprocess import PRESETS
 from tests.conftest import ROOT
@@ -84,13 +84,25 @@ def test_the_main_job_on_real_input(shared_cifar10, tmp_path, capsys):
 
 
 def test_the_main_job_without_any_data(tmp_path, capsys):
-    """The closed form draws the shipped networks, and the command says so."""
+    """Hooks measure the shipped networks on the probe set; the command, the figures and the provenance say so."""
     assert run(*words_of(COMMANDS[0]), "--out", tmp_path, "--format", "svg") == 0
     shown = capsys.readouterr()
-    assert shown.err.splitlines()[1] == "no images: the closed form from BN's tensors instead (--source batchnorm)"
+    [line] = shown.err.splitlines()
+    assert line.startswith("no CIFAR-10 test images found: tried $CIFAR10 (not set), data, ")
+    assert line.endswith(". The probe set stands for them (--data cifar10 asks for no stand-in)")
+    note = probe.load().note
+    assert probe.load().describe() in shown.out.splitlines()
     assert drawn(tmp_path) == ["plain-20", "plain-56", "resnet-20", "resnet-56", "resnet-110"]
-    assert "closed form from BN's tensors, not measured on images" in (tmp_path / "fig7.svg").read_text()
-    assert "an individual layer of a ResNet modifies the signal less when there are more: cannot be judged" in shown.out
+    for figure in ("fig7", "decomposition"):
+        assert all(part in (tmp_path / f"{figure}.svg").read_text() for part in note.splitlines())
+    frame = frame_of(tmp_path)
+    assert set(frame["source"]) == {"hooks"}
+    assert set(frame["images"]) == {len(probe.load())}
+    entries = json.loads((tmp_path / "responses.json").read_text())
+    assert entries["resnet-110"]["data"]["layout"] == "probe set"
+    assert entries["resnet-110"]["data"]["note"] == note
+    assert entries["resnet-110"]["accuracy"] is None
+    assert "an individual layer of a ResNet modifies the signal less when there are more: holds" in shown.out
 
 
 def test_two_public_checkpoints_on_real_input(akamaster, shared_cifar10, tmp_path, capsys, monkeypatch):
@@ -245,14 +257,32 @@ def test_the_closed_form_needs_no_images(files, tmp_path, capsys):
     assert "accuracy" not in entry
 
 
-def test_it_is_the_fallback_where_there_are_no_images(files, tmp_path, capsys):
-    assert run("--checkpoint", files["resnet-8"], "--out", tmp_path / "out") == 0
+def test_it_is_the_fallback_where_nothing_stands_for_the_images(files, tmp_path, capsys):
+    """There is no stand-in for the training images."""
+    words = ("--checkpoint", files["resnet-8"], "--split", "train")
+    assert run(*words, "--out", tmp_path / "out") == 0
     shown = capsys.readouterr().err.splitlines()
-    assert shown[0].startswith("no CIFAR-10 test images found: tried $CIFAR10 (not set), data, ")
+    assert shown[0].startswith("no CIFAR-10 train images found: tried $CIFAR10 (not set), data, ")
     assert shown[1:] == ["no images: the closed form from BN's tensors instead (--source batchnorm)"]
     assert set(pd.read_csv(tmp_path / "out" / "responses.csv")["source"]) == {"batchnorm"}
-    assert run("--checkpoint", files["resnet-8"], "--out", tmp_path / "other", "--source", "hooks") == 2
-    assert "error: no CIFAR-10 test images found" in capsys.readouterr().err
+    assert run(*words, "--out", tmp_path / "other", "--source", "hooks") == 2
+    assert "error: no CIFAR-10 train images found" in capsys.readouterr().err
+
+
+def test_the_probe_set_by_name(files, tmp_path, capsys, monkeypatch):
+    """A folder of that name is data as any other; the closed form needs no images, whatever stands for them."""
+    words = ("--checkpoint", files["resnet-8"], "--data", "probe", "--format", "svg")
+    assert run(*words, "--source", "hooks", "batchnorm", "--out", tmp_path / "out") == 0
+    assert "measured on the probe set" in capsys.readouterr().out
+    frame = pd.read_csv(tmp_path / "out" / "responses.csv")
+    assert set(frame[frame["source"] == "hooks"]["images"]) == {len(probe.load())}
+    assert run(*words, "--source", "batchnorm", "--out", tmp_path / "formula") == 0
+    assert "probe" not in (tmp_path / "formula" / "fig7.svg").read_text()
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "probe").mkdir()
+    assert run(*words, "--out", tmp_path / "out") == 2
+    assert "error: probe: no CIFAR-10 test images here; looked for" in capsys.readouterr().err
 
 
 def test_without_images_the_label_says_whether_a_network_is_plain(tmp_path, capsys):
@@ -362,6 +392,11 @@ BAD = {
     "no data": (good, {"--data": lambda p: p / "nowhere"}, "error: {path}/nowhere: no such file or folder; --data "
                 "takes a folder or an archive of CIFAR-10"),
     "too many images": (good, {"--images": lambda p: 41}, "error: --images 41: there are 40 images in "),
+    "CIFAR-10 or nothing": (good, {"--data": lambda p: "cifar10"}, "error: no CIFAR-10 test images found: tried "),
+    "part of the probe set": (good, {"--data": lambda p: "probe", "--images": lambda p: 100}, "error: --images 100: the "
+                              "probe set holds only as a whole; leave --images out"),
+    "probe set for training": (good, {"--data": lambda p: "probe", "--split": lambda p: "train"}, "error: --split train: "
+                               "the probe set stands for the test images"),
     "out": (good, {"--out": blocked}, "error: --out {path}/file/out: Not a directory; name a folder that can be "
             "written"),
     "0 images": (good, {"--images": lambda p: 0}, "argument --images: '0' is not a whole number of 1 or more"),

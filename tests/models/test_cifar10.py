@@ -3,6 +3,7 @@
 import http.server
 import io
 import pickle
+import socket
 import struct
 import tarfile
 import threading
@@ -347,6 +348,15 @@ def test_no_server(tmp_path, monkeypatch):
         cifar10.load()
     with pytest.raises(NoData, match=r"^(?!.*refused)"):
         cifar10.load(download=False)
+
+
+def test_where_no_server_answers_one_time_out_is_enough(tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar10, "TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setitem(cifar10.SOURCES, "test", (f"{url}/first.parquet", f"{url}/second.parquet"))
+        with pytest.raises(NoData, match=r"first.parquet \(timed out\); name its folder"):
+            cifar10.load()
 
 
 # Bad input: what, where, and what to do

@@ -16,6 +16,14 @@ def test_presets_are_the_formula(preset):
     np.testing.assert_allclose(x.permute(0, 2, 3, 1), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("preset", [*PRESETS.values(), per_pixel(mean_image(IMAGES))], ids=[*PRESETS, "per-pixel"])
+def test_images_in_other_units_and_left_as_they_are(preset):
+    x = torch.from_numpy(IMAGES).permute(0, 3, 1, 2).float() / 255
+    before = x.clone()
+    torch.testing.assert_close(preset.scaled(x), preset(IMAGES))
+    assert torch.equal(x, before)
+
+
 def test_per_pixel_subtracts_the_mean_image():
     x = per_pixel(mean_image(IMAGES))(IMAGES)
     assert x.mean(0).abs().max() < 1e-6

@@ -32,12 +32,12 @@ def test_what_is_written_is_read(images, tmp_path):
     assert len(data) == 5
     assert [(part.shape[0], labels) for part, labels in data.batches(2)] == [(2, None), (2, None), (1, None)]
     assert data.describe() == (
-        "measured on the probe set, 5 synthetic images in place of CIFAR-10: std within 1.1 % of the test set's for the "
-        "networks it was made with, 4.2 % for others (mean over layers, the worst network tried)"
+        "measured on the probe set (5 synthetic images in place of CIFAR-10): std within 1.1 % of the test set's for the "
+        "networks it was made with, 4.2 % for others (mean over layers, the worst of the networks tried)"
     )
     provenance = data.provenance()
     assert provenance == {"path": str(file), "layout": "probe set", "sha256": sha256(file), "note": data.note}
-    assert max(len(line) for line in data.note.splitlines()) < 120  # what a figure of one column has room for
+    assert max(len(line) for line in data.note.splitlines()) < 85  # what a figure of one column has room for
 
 
 def test_the_shipped_one():

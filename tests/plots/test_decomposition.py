@@ -61,7 +61,13 @@ def test_the_words():
     assert [handle.get_facecolor() for handle in legend.legend_handles] == [
         patch.get_facecolor() for patch in figure.axes[0].patches
     ]
-    assert (figure.get_supxlabel(), figure.get_supylabel()) == ("layer index", "std²")
+    assert figure.get_supylabel() == "std²"
+
+
+def test_the_lowest_panel_of_each_column_names_the_axis():
+    rows = pd.concat([A.assign(network=f"resnet-{depth}") for depth in (8, 14, 20, 26, 32)])
+    panels = draw_decomposition(rows).axes  # two rows of three, the last one empty
+    assert [panel.get_xlabel() for panel in panels] == ["", "", *3 * ["layer index"]]
 
 
 SHAPES = [(1, (1, 1), 3.3), (2, (1, 2), 3.3), (4, (2, 2), 3.3), (5, (2, 3), 6.9), (10, (3, 4), 6.9)]

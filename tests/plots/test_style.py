@@ -4,9 +4,10 @@ import io
 import matplotlib as mpl
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from plots import draw_fig7
-from plots.style import DASHES, PAPER_COLORS, RC, styles
+from plots.style import DASHES, PAPER_COLORS, RC, styles, write_note
 
 
 def networks(*rows):
@@ -58,3 +59,10 @@ def test_labels_are_shown_as_they_are(label):
     with mpl.rc_context(RC):
         figure.savefig(content, format="svg")
     assert content.getvalue().decode().count(html.escape(label, quote=False) + "<") == 2
+
+
+def test_notes_stand_one_below_the_other():
+    figure = Figure()
+    write_note(figure, "first")
+    write_note(figure, "second\nin two lines")
+    assert figure.get_supxlabel() == "first\nsecond\nin two lines"
