@@ -122,14 +122,20 @@ class ImageFolder:
         except FileNotFoundError:  # it vanished, and is not damaged
             raise
         except Exception as error:  # a damaged image raises anything
-            reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
-            raise ValueError(f"{file}: damaged, too large or no image ({reason}); remove it from the folder") from error
+            raise ValueError(
+                f"{file}: damaged, too large or no image ({reason(error)}); remove it from the folder"
+            ) from error
         self.digests[file] = hashlib.sha256(content).digest()
         return cropped
 
 
 def is_image(file: Path) -> bool:
     return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+
+
+def reason(error: Exception) -> str:
+    """Why an image could not be decoded. Pillow's own words for an unknown format name an object in memory."""
+    return "of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def crop(image: Image) -> np.ndarray:

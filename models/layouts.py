@@ -225,7 +225,7 @@ def decode_images(files: Iterator[tuple[str, Any]], count: int) -> np.ndarray:
     """Decode PNG or JPEG files (name, path or file object) of 32x32 pixels to (N, 32, 32, 3) uint8 RGB."""
     from PIL import Image
 
-    from models.images import as_rgb
+    from models.images import as_rgb, reason
 
     images = np.empty((count, *SHAPE), np.uint8)
     for i, (name, file) in enumerate(files):
@@ -238,7 +238,7 @@ def decode_images(files: Iterator[tuple[str, Any]], count: int) -> np.ndarray:
         except (WrongSize, FileNotFoundError):  # one that vanished is not damaged
             raise
         except Exception as error:  # a damaged image raises anything
-            raise ValueError(f"{name}: damaged or no image ({error})") from error
+            raise ValueError(f"{name}: damaged or no image ({reason(error)})") from error
     return images
 
 

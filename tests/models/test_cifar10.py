@@ -419,6 +419,11 @@ def text_image(path):
     return path
 
 
+def text_in_parquet(path):
+    parquet.write_table(pyarrow.table({"img": [{"bytes": b"no image"}], "label": [0]}), path / "test.parquet")
+    return path
+
+
 def cut_image(path):
     (path / "cat.png").write_bytes(png(IMAGES[0]))
     truncated(path / "cat.png")
@@ -447,7 +452,8 @@ def label_out_of_range(path):
         (other_parquet, "test.parquet: no columns img (struct with bytes) and label; this is not the layout"),
         (text_parquet, "test.parquet: damaged or truncated parquet file; copy or download it again"),
         (photographs, "rex.jpg: 640x480 pixels; the images of CIFAR-10 have 32x32"),
-        (text_image, "cat.png: damaged or no image"),
+        (text_image, "cat.png: damaged or no image (of no known format)"),
+        (text_in_parquet, "test.parquet: image 0: damaged or no image (of no known format)"),
         (cut_image, "cat.png: damaged or no image"),
         (label_out_of_range, "a label is not between 0 and 255"),
     ],
