@@ -74,8 +74,8 @@ class Moments:
     def of(cls, x: Tensor) -> Moments:
         """The moments of one batch of responses (N, C, H, W) with at least one value.
 
-        In float32 the std is within a relative 1e-6 of a float64 two-pass: channels whose mean is far from zero are
-        done again in float64.
+        In float32 the std is within a relative 1e-6 of a float64 two-pass: channels whose mean is far from zero, or
+        whose squares are beyond float32, are done again in float64. NaN and infinity stay what they are.
         """
         if x.numel() == 0:
             raise ValueError(f"no values in a response of shape {tuple(x.shape)}")
@@ -83,7 +83,7 @@ class Moments:
         total, squares = sums(x)
         mean = total / count
         m2 = squares - count * mean.square()
-        far = mean.square() * count > FAR * m2
+        far = (mean.square() * count > FAR * m2) | ~m2.isfinite()
         if far.any():
             variance, mean[far] = torch.var_mean(x[:, far].double(), dim=(0, 2, 3), correction=0)
             m2[far] = variance * count

@@ -758,7 +758,7 @@ def frame_with_control_characters(path):
 @case("not a frame of analysis.responses")
 def frame_that_is_an_archive(path):
     with zipfile.ZipFile(path / "a.zip", "w") as file:
-        file.writestr(zipfile.ZipInfo("responses.csv"), frame().to_csv())  # which bears no date: the table stays as it is
+        file.writestr(zipfile.ZipInfo("responses.csv"), frame().to_csv())  # of no date: the table stays the same
     return compared(path, (path / "a.zip").read_bytes())
 
 
