@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -12,6 +13,8 @@ from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"^python3 -m venv .*$", README, re.MULTILINE)
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+BOUNDS = dict(dependency.split(">=") for dependency in PROJECT["dependencies"])
 MODULES = [path for package in ("analysis", "models", "plots") for path in (ROOT / package).rglob("*.py")]
 
 
@@ -67,6 +70,27 @@ def test_every_test_file_mirrors_a_module():
     modules = {f"{path.parent.name}/test_{path.stem}.py" for path in MODULES} | {"models/test_zoo.py"}
     tests = {f"{path.parent.name}/{path.name}" for path in (ROOT / "tests").glob("*/test_*.py")}
     assert tests <= modules
+
+
+def test_the_lower_bounds_are_those_that_the_tests_were_run_with():
+    """All but torch, which the machine has. The file also holds what some of them need of their own time."""
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()[1:]
+    lowest = dict(line.split("==") for line in lines)
+    tools = dict(tool.split(">=") for tool in PROJECT["optional-dependencies"]["test"][:2])
+    bounds = {name: bound for name, bound in (BOUNDS | tools).items() if name != "torch"}
+    assert bounds == {name: lowest.get(name) for name in bounds}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    imported = set()
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.partition(".")[0])
+    ours = {"analysis", "models", "plots"}
+    assert {{"PIL": "pillow"}.get(name, name) for name in imported - ours - sys.stdlib_module_names} == set(BOUNDS)
 
 
 @pytest.mark.parametrize("command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]], ids=" ".join)
