@@ -62,7 +62,7 @@ def choose_line(means: pd.Series[float], epochs: pd.DataFrame | None, computed: 
     note = "closed form from BN's tensors, not measured on images"
     formula = means[:0] if epochs is None else epochs.set_index("iteration")["mean_std"]
     if computed:
-        return formula.combine_first(means), note
+        return (formula.combine_first(means) if len(formula) else means), note  # pandas 2 warns of none
     return (formula, f"fine line: {note}") if len(formula) > 1 else (means, "")
 
 
