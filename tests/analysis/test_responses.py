@@ -95,7 +95,7 @@ def test_the_main_job_without_any_data(tmp_path, capsys):
     assert drawn(tmp_path) == ["plain-20", "plain-56", "resnet-20", "resnet-56", "resnet-110"]
     for figure in ("fig7", "decomposition"):
         assert all(part in (tmp_path / f"{figure}.svg").read_text() for part in note.splitlines())
-    frame = frame_of(tmp_path)
+    frame = pd.read_csv(tmp_path / "responses.csv")
     assert set(frame["source"]) == {"hooks"}
     assert set(frame["images"]) == {len(probe.load())}
     entries = json.loads((tmp_path / "responses.json").read_text())
@@ -393,10 +393,10 @@ BAD = {
                 "takes a folder or an archive of CIFAR-10"),
     "too many images": (good, {"--images": lambda p: 41}, "error: --images 41: there are 40 images in "),
     "CIFAR-10 or nothing": (good, {"--data": lambda p: "cifar10"}, "error: no CIFAR-10 test images found: tried "),
-    "part of the probe set": (good, {"--data": lambda p: "probe", "--images": lambda p: 100}, "error: --images 100: the "
-                              "probe set holds only as a whole; leave --images out"),
-    "probe set for training": (good, {"--data": lambda p: "probe", "--split": lambda p: "train"}, "error: --split train: "
-                               "the probe set stands for the test images"),
+    "part of the probe set": (good, {"--data": lambda p: "probe", "--images": lambda p: 100}, "error: --images 100: "
+                              "the probe set holds only as a whole; leave --images out"),
+    "probe set for training": (good, {"--data": lambda p: "probe", "--split": lambda p: "train"}, "error: --split "
+                               "train: the probe set stands for the test images"),
     "out": (good, {"--out": blocked}, "error: --out {path}/file/out: Not a directory; name a folder that can be "
             "written"),
     "0 images": (good, {"--images": lambda p: 0}, "argument --images: '0' is not a whole number of 1 or more"),

@@ -32,8 +32,8 @@ def test_what_is_written_is_read(images, tmp_path):
     assert len(data) == 5
     assert [(part.shape[0], labels) for part, labels in data.batches(2)] == [(2, None), (2, None), (1, None)]
     assert data.describe() == (
-        "measured on the probe set (5 synthetic images in place of CIFAR-10): std within 1.1 % of the test set's for the "
-        "networks it was made with, 4.2 % for others (mean over layers, the worst of the networks tried)"
+        "measured on the probe set (5 synthetic images in place of CIFAR-10): std within 1.1 % of the test set's for "
+        "the networks it was made with, 4.2 % for others (mean over layers, the worst of the networks tried)"
     )
     provenance = data.provenance()
     assert provenance == {"path": str(file), "layout": "probe set", "sha256": sha256(file), "note": data.note}
@@ -96,5 +96,5 @@ def other_size(path, images):
 def test_a_bad_file_is_refused(make, images, tmp_path):
     file = tmp_path / "mine.safetensors"
     make(file, images)
-    with pytest.raises((ValueError, FileNotFoundError), match="mine.safetensors: no (such file|probe set)"):
+    with pytest.raises((ValueError, FileNotFoundError), match=r"mine.safetensors: no (such file|probe set)"):
         probe.load(file)
