@@ -5,7 +5,7 @@
 
 writes responses.csv, claims.csv, responses.json (where the numbers come from), fig7.png/.pdf and decomposition.png/.pdf
 into --out (with --html also a page to look at, responses.html), says how far each network is from the paper's curve,
-and judges the paper's claims. Without images it computes the closed form from BN's tensors.
+and judges the paper's claims. Without CIFAR-10 it measures on the probe set (models/probe.py).
 """
 
 from __future__ import annotations

@@ -240,7 +240,7 @@ BAD_FRAMES = {
     "words": (lambda f: f.assign(std="high"), "not a frame of analysis.responses: "),
     "half a layer": (lambda f: f.assign(layer=[1.5, 2, 3]), "not a frame of analysis.responses: "),
     "no rows": (lambda f: f.iloc[:0], "not a frame of analysis.responses: it has no rows"),
-    "a formula": (lambda f: f.assign(network="=1+1"), "'=1+1' is no label"),
+    "a formula": (lambda f: f.assign(network="=1+1"), "'=1+1' in column network is unprintable, or a formula"),
 }
 
 

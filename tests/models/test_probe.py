@@ -6,6 +6,7 @@ from safetensors.numpy import save_file
 
 from models import probe, zoo
 from models.files import sha256
+from tests.test_project import README
 
 CARD = {
     "networks": {
@@ -52,6 +53,15 @@ def test_the_shipped_one():
     assert all(networks[name]["largest"] <= 0.08 for name in shipped)
     assert sum(not network["made_with"] for network in networks.values()) >= 4
     assert {"count", "rounds", "seed", "versions"} <= data.card.keys()
+
+
+def test_the_readme_shows_its_errors():
+    for name, network in probe.load().card["networks"].items():
+        numbers = [f"{100 * network[key]:.1f}" for key in ("mean", "largest", "closed_form_mean", "closed_form_largest")]
+        numbers[2:2] = [f"{network['r']:.3f}"]
+        made_with = "yes" if network["made_with"] else "no"
+        row = f"| {name} | {made_with} | {' | '.join(numbers)} | {network['closed_form_r']:.3f} |"
+        assert row in README
 
 
 def missing(path, images):
