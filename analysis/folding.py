@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from analysis.moments import FAR, Moments, sums
+from analysis.moments import FAR, TINY, Moments, sums
 from analysis.pairs import Layer, Recording, is_norm, is_wrapper, qualified_names, recording
 from analysis.running import device_of, tensors_in
 
@@ -134,6 +134,8 @@ class Folded:
         off, spread = (mean.new_zeros(len(self.layers)).index_add(0, layer, part) for part in (mean**2, variance))
         if (off > FAR * spread).any():
             raise Doubt("means far from zero that were near it in the first batch")
+        if ((spread > 0) & (spread < TINY * torch.tensor(self.channels).to(spread))).any():
+            raise Doubt("responses so small that float32 does not hold their squares")
         self.totals = totals
 
     def hand_over(self) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 FAR = 16.0  # mean^2 / variance above which a difference of squares in float32 is not good enough
 HALF = (torch.bfloat16, torch.float16)
+TINY = 1e-30  # variance below which float32 rounds squares to what is left of them, or to nothing
 RUN = 4096  # values that are added up in float32
 ROW = 1024  # values side by side in which a response in channels_last is read: of 512 to 16384 the fastest
 
@@ -75,7 +76,7 @@ class Moments:
         """The moments of one batch of responses (N, C, H, W) with at least one value.
 
         In float32 the std is within a relative 1e-6 of a float64 two-pass: channels whose mean is far from zero, or
-        whose squares are beyond float32, are done again in float64. NaN and infinity stay what they are.
+        whose squares float32 does not hold, are done again in float64.
         """
         if x.numel() == 0:
             raise ValueError(f"no values in a response of shape {tuple(x.shape)}")
@@ -83,10 +84,10 @@ class Moments:
         total, squares = sums(x)
         mean = total / count
         m2 = squares - count * mean.square()
-        far = (mean.square() * count > FAR * m2) | ~m2.isfinite()
-        if far.any():
-            variance, mean[far] = torch.var_mean(x[:, far].double(), dim=(0, 2, 3), correction=0)
-            m2[far] = variance * count
+        unsure = ~(((mean.square() / FAR).clamp(min=TINY) * count <= m2) & (m2 < torch.inf))  # NaN, too
+        if unsure.any():
+            variance, mean[unsure] = torch.var_mean(x[:, unsure].double(), dim=(0, 2, 3), correction=0)
+            m2[unsure] = variance * count
         return cls(count, mean, m2)
 
     def merge(self, other: Moments) -> Moments:

@@ -305,6 +305,29 @@ def test_nan_is_reported_with_layer_and_batch():
         analysis.measure(network, batches)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_one_value_that_is_not_finite_is_not_averaged_away(value, batch):
+    """Of 2,048 values a channel, in the batch that runs through the network itself and in those of the folded copy."""
+    network = Net(lambda m, x: m.bn(m.conv(x)), conv=conv(kernel=1), bn=nn.BatchNorm2d(4))
+    batches = list(torch.randn(4, 8, 4, 16, 16))
+    batches[batch - 1][3, 2, 5, 7] = value
+    with pytest.raises(ValueError, match=rf"^NaN or infinity in the response of layer 1 \(conv\) in batch {batch}: "):
+        analysis.measure(network, batches, kernel_size=1)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 5e-22, 1e-19, 1e19, 1e30])
+def test_responses_whose_squares_float32_does_not_hold(scale):
+    network = with_statistics(nn.Sequential(conv(), nn.BatchNorm2d(4)))
+    network[1].weight.data *= scale
+    nn.init.zeros_(network[1].bias)  # means far from zero would be noticed
+    batches = torch.randn(3, 4, 4, 8, 8)
+    frame = analysis.measure(network, batches)
+    with torch.no_grad():
+        expected = torch.cat([network(x) for x in batches]).double().std(correction=0).item()
+    assert frame["std"].tolist() == pytest.approx([expected], rel=1e-6, abs=0)
+
+
 # What is left behind: nothing
 
 

@@ -1,4 +1,3 @@
-import math
 from random import Random
 
 import pytest
@@ -22,7 +21,7 @@ def two_pass(x):
 def check(moments, x, rel):
     count, mean, m2, std = two_pass(x)
     assert moments.count == count
-    assert moments.std == pytest.approx(std, rel=rel)
+    assert moments.std == pytest.approx(std, rel=rel, abs=0)
     torch.testing.assert_close(moments.m2, m2, rtol=2 * rel, atol=0)
     scale = (m2 / count).sqrt()
     assert ((moments.mean - mean).abs() <= rel * (scale + mean.abs())).all()
@@ -43,7 +42,7 @@ def test_one_batch_is_the_two_pass_reference(dtype, rel, layout):
     check(Moments.of(x), x, rel)
 
 
-@pytest.mark.parametrize("offset", [10.0, 1e3, 1e6])
+@pytest.mark.parametrize("offset", [10.0, 1e3, 1e5, 1e6])
 def test_means_far_from_zero(offset):
     x = responses(offset=offset)
     check(Moments.of(x), x, 1e-6)
@@ -92,35 +91,32 @@ def test_any_order_and_tree_of_merges_gives_the_same():
 
 
 @settings(deadline=None)
+@example(parts=[3, 1, 4], channels=3, size=(4, 4), magnitude=6, layout=torch.contiguous_format, random=Random(0))
+@example(parts=[1], channels=1, size=(1, 1), magnitude=6, layout=torch.contiguous_format, random=Random(0))
 @given(
     parts=st.lists(st.integers(1, 6), min_size=1, max_size=8),
     channels=st.integers(1, 5),
     size=st.sampled_from([(1, 1), (1, 3), (4, 4)]),
-    std=st.floats(-6, 6).map(lambda exponent: 10**exponent),
-    ratio=st.floats(-3, 6).map(lambda exponent: 10**exponent),
+    magnitude=st.floats(-6, 6),
     layout=st.sampled_from([torch.contiguous_format, torch.channels_last]),
     random=st.randoms(use_true_random=False),
 )
-@example([6, 1, 3], 3, (4, 4), 1.0, 1e6, torch.contiguous_format, Random(0))
-@example([6, 1, 3], 3, (4, 4), 1.0, 1e6, torch.channels_last, Random(0))
-@example([6, 1, 3], 3, (4, 4), 1e-6, 1.0, torch.channels_last, Random(0))
-def test_any_split_order_and_merge_is_the_two_pass(parts, channels, size, std, ratio, layout, random):
-    """To a relative 1e-12 x max(1, |mean| / std), whatever the std."""
+def test_any_split_order_and_merge_is_the_two_pass(parts, channels, size, magnitude, layout, random):
+    """To 1e-12 of the std, times how many stds the mean is away: up to 10^6 and more."""
     generator = torch.Generator().manual_seed(random.getrandbits(60))
     normal = torch.randn(sum(parts), channels, *size, generator=generator, dtype=torch.float64)
-    sign = torch.tensor([(-1.0) ** channel for channel in range(channels)], dtype=torch.float64)[:, None, None]
-    x = (std * (normal + ratio * sign)).contiguous(memory_format=layout)
+    x = (normal + 10**magnitude).contiguous(memory_format=layout)
     pile = [Moments.of(part) for part in x.split(parts)]
     while len(pile) > 1:
         random.shuffle(pile)
         pile.append(pile.pop().merge(pile.pop()))
     [moments] = pile
-    count, mean, m2, expected = two_pass(x)
-    spread = (m2 / count).sqrt()
+    count, mean, m2, std = two_pass(x)
+    largest = x.abs().max().item()
     assert moments.count == count
-    assert ((moments.mean - mean).abs() <= 1e-12 * (spread + mean.abs())).all()
-    assert ((moments.m2 - m2).abs() <= 2e-12 * (spread + mean.abs()) * spread * count).all()
-    assert abs(moments.std - expected) <= 1e-12 * max(expected, abs(x.mean().item()))
+    assert ((moments.mean - mean).abs() <= 1e-12 * largest).all()
+    for ours, theirs in zip([moments.std, *(moments.m2 / count).sqrt()], [std, *(m2 / count).sqrt()], strict=True):
+        assert abs(ours - theirs) <= 1e-12 * max(theirs, largest)  # that is, std * max(1, |mean| / std)
 
 
 @pytest.mark.parametrize("value", [0.0, 5.0, -1e30, 1e-40])
@@ -130,31 +126,28 @@ def test_a_single_value_has_no_spread(value):
     assert moments.mean.item() == pytest.approx(value, rel=1e-6, abs=1e-44)
 
 
-@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e-40), (torch.float64, 1e-310)])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_subnormal_values(dtype, size, layout):
-    """Of which the std is good to what a normal number can be small, not relatively."""
-    x = torch.tensor([size, 3 * size], dtype=dtype).view(2, 1, 1, 1).expand(2, 2, 3, 3).contiguous(memory_format=layout)
-    assert Moments.of(x).std == pytest.approx(size, rel=0, abs=max(1e-44, 2 * size * (dtype == torch.float64)))
+LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("offset", [0.0, 3.0])
-def test_values_whose_squares_are_beyond_float32(offset, layout):
-    x = (torch.randn(8, 3, 5, 5) + offset).mul_(1e30).contiguous(memory_format=layout)
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_subnormal_values(dtype, layout):
+    smallest = torch.finfo(dtype).smallest_normal
+    x = responses(dtype=dtype).mul(smallest / 8).contiguous(memory_format=layout)
+    assert 0 < x.abs().max() < smallest
+    moments = Moments.of(x)
+    assert moments.std == pytest.approx(two_pass(x)[3], abs=1e-6 * smallest)
+    assert ((moments.mean - two_pass(x)[1]).abs() <= 1e-6 * smallest).all()
+
+
+@LAYOUTS
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-22, 1e-18, 1e18, 1e25, 1e37])
+def test_values_whose_squares_float32_does_not_hold(scale, layout):
+    """With means of zero too: what vanishes below float32's smallest number cannot be seen in the sums."""
+    half = torch.randn(16, 3, 8, 8)
+    x = torch.cat([half, -half]).mul(scale).contiguous(memory_format=layout)
+    x[:, 2] = x[:, 2].abs()
     check(Moments.of(x), x, 1e-6)
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_nan_and_infinity_stay_through_merges(value, layout):
-    """So that whoever adds up can say where they came from."""
-    x = responses().contiguous(memory_format=layout)
-    x[5, 2, 3, 1] = value
-    moments = Moments.of(responses()).merge(Moments.of(x)).merge(Moments.of(responses()))
-    finite = moments.mean.isfinite() & moments.m2.isfinite()
-    assert finite.tolist() == [True, True, False, True, True]
-    assert not math.isfinite(moments.std)
 
 
 def test_a_billion_values_by_merging():
