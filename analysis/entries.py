@@ -151,10 +151,11 @@ def read_frame(path: Path) -> pd.DataFrame:
     from analysis.frame import COLUMNS, INTEGERS, read_columns
 
     text = ["network", "kind", "name", "norm", "source"]
+    real = ["mean", "std", "within", "between"]
     columns = read_columns(path)
     if columns != list(COLUMNS):
         raise ValueError(f"its columns are {', '.join(columns)[:200]}")
-    frame = pd.read_csv(path, dtype=dict.fromkeys(text, str))
+    frame = pd.read_csv(path, dtype=dict.fromkeys(text + real, str))
     if frame.empty:
         raise ValueError("it has no rows")
     if (empty := frame[[*text, "layer", "stage", "channels"]].isna()).any(axis=None):
@@ -164,7 +165,8 @@ def read_frame(path: Path) -> pd.DataFrame:
         if odd := [word for word in frame[column].unique() if not is_plain(word)]:
             raise ValueError(f"{odd[0][:80]!r} in column {column} is unprintable, or a formula for a spreadsheet")
     frame = frame.astype(dict.fromkeys(INTEGERS, "Int64"))
-    numbers = frame[["mean", "std", "within", "between"]].astype(float).to_numpy()
+    frame = frame.astype(dict.fromkeys(real, float))  # exactly what was written, which read_csv of pandas 2 misses
+    numbers = frame[real].to_numpy()
     _, std, within, between = numbers.T
     sound = np.isclose(std, np.hypot(within, between), rtol=1e-6) & (np.minimum(std, np.minimum(within, between)) >= 0)
     sound &= (np.abs(numbers) < HUGE).all(axis=1)
