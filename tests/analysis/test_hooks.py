@@ -9,11 +9,8 @@ import torch
 from torch import nn
 
 import analysis
-<<<<<<< HEAD
 from analysis import hooks
-=======
 from analysis.hooks import tf32_settings
->>>>>>> d09127e (Numbers: values whose squares float32 does not hold are done again in float64; the property test asks for 1e-12 of std and mean; one NaN or infinity in any batch; CPU against GPU)
 from models import build, load
 from tests.conftest import ROOT
 
