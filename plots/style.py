@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import matplotlib as mpl
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
@@ -80,4 +81,5 @@ def display_name(network: str) -> str:
 def write_note(figure: Figure, note: str) -> None:
     """Write a note below a figure, under those that stand there."""
     lines = [line for line in (figure.get_supxlabel(), note) if line]
-    figure.supxlabel("\n".join(lines), fontsize=6.5, style="italic")
+    with mpl.rc_context(RC):
+        figure.supxlabel("\n".join(lines), fontsize=6.5, style="italic")

@@ -49,15 +49,22 @@ def test_the_shipped_one():
     networks = data.card["networks"]
     shipped = {name: sha256(zoo.find(name)) for name in zoo.shipped()}
     assert {name: networks[name]["sha256"] for name in shipped} == shipped  # made again when they are replaced
-    assert all(networks[name]["made_with"] and networks[name]["mean"] <= 0.02 for name in shipped)
-    assert all(networks[name]["largest"] <= 0.08 for name in shipped)
-    assert sum(not network["made_with"] for network in networks.values()) >= 4
+    for name in shipped:
+        assert networks[name]["made_with"]
+        assert networks[name]["mean"] < networks[name]["closed_form_mean"]
+        assert networks[name]["largest"] < networks[name]["closed_form_largest"]
+    others = [network for network in networks.values() if not network["made_with"]]
+    assert len(others) >= 6
+    assert max(network["mean"] for network in others) <= 0.05
+    assert sum(network["mean"] < network["closed_form_mean"] for network in others) > len(others) / 2
     assert {"count", "rounds", "seed", "versions"} <= data.card.keys()
 
 
 def test_the_readme_shows_its_errors():
     for name, network in probe.load().card["networks"].items():
-        numbers = [f"{100 * network[key]:.1f}" for key in ("mean", "largest", "closed_form_mean", "closed_form_largest")]
+        numbers = [
+            f"{100 * network[key]:.1f}" for key in ("mean", "largest", "closed_form_mean", "closed_form_largest")
+        ]
         numbers[2:2] = [f"{network['r']:.3f}"]
         made_with = "yes" if network["made_with"] else "no"
         row = f"| {name} | {made_with} | {' | '.join(numbers)} | {network['closed_form_r']:.3f} |"

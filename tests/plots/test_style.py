@@ -5,6 +5,7 @@ import matplotlib as mpl
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from plots import draw_fig7
 from plots.style import DASHES, PAPER_COLORS, RC, styles, write_note
@@ -66,3 +67,5 @@ def test_notes_stand_one_below_the_other():
     write_note(figure, "first")
     write_note(figure, "second\nin two lines")
     assert figure.get_supxlabel() == "first\nsecond\nin two lines"
+    [text] = figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_text() == figure.get_supxlabel())
+    assert text.get_fontfamily() == RC["font.family"]
