@@ -127,7 +127,7 @@ def make_job(args: argparse.Namespace, name: str) -> Job:
     large = parse_name(name).images == "imagenet"
     images = max(1, args.images // SHARE) if large else args.images
     if args.data and not large:
-        there = len(test_images(args.data))
+        there = len(named_images(args.data))
         if there < images:
             raise ValueError(f"--images {images}: there are {there} images in {args.data}")
     size = SIZES["imagenet" if large else "cifar"]
@@ -157,7 +157,7 @@ def load_network(job: Job) -> nn.Module:
     return model.eval().to(job.device)
 
 
-def test_images(path: Path) -> np.ndarray:
+def named_images(path: Path) -> np.ndarray:
     """CIFAR-10's test images, or the probe set (N, 32, 32, 3), uint8."""
     from models import cifar10, probe
 
@@ -173,7 +173,7 @@ def load_images(job: Job) -> np.ndarray:
     from models.resnet import SIZES, parse_name
 
     if job.data:
-        return test_images(job.data)[: job.images]
+        return named_images(job.data)[: job.images]
     size = SIZES[parse_name(job.network).images]
     return np.random.default_rng(0).integers(0, 256, (job.images, size, size, 3), dtype=np.uint8)
 

@@ -56,7 +56,7 @@ class Spectrum:
         self.mean = x.mean(0)
         self.root = roots(torch.fft.rfft2(x.sub_(self.mean), norm="ortho"))
 
-    def images(self, waves: Tensor) -> Tensor:
+    def render(self, waves: Tensor) -> Tensor:
         """The images (n, 3, H, W), 1 for white, of waves (n, 3, H, W // 2 + 1, 2), of which 1 is the usual power."""
         mean, root = self.mean.to(waves.device), self.root.to(waves.device)
         coloured = torch.einsum("hwcd,ndhw->nchw", root, torch.view_as_complex(waves))
@@ -65,7 +65,7 @@ class Spectrum:
     @torch.no_grad()
     def pixels(self, waves: Tensor) -> np.ndarray:
         """The same in whole numbers: (n, H, W, 3) uint8."""
-        images = (self.images(waves).clamp(0, 1) * 255).round().to(torch.uint8)
+        images = (self.render(waves).clamp(0, 1) * 255).round().to(torch.uint8)
         return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
     def waves(self, images: np.ndarray) -> Tensor:
@@ -184,7 +184,7 @@ class Synthesis:
         while self.step < self.steps:
             goal, part = divmod(self.step % (len(self.goals) * len(self.parts)), len(self.parts))
             waves = self.parts[part]
-            images = self.spectrum.images(waves)
+            images = self.spectrum.render(waves)
             cost = OUTSIDE * (images - images.clamp(0, 1)).square().mean() + unusual(waves)
             loss = self.goals[goal].loss(part, self.flip(images.clamp(0, 1)), self.count)
             self.optimizer.zero_grad()
@@ -206,7 +206,7 @@ class Synthesis:
         """Let every network see every part once, so that no statistics are those of some parts alone."""
         for goal in self.goals:
             for part, waves in enumerate(self.parts):
-                goal.loss(part, self.spectrum.images(waves).clamp(0, 1), self.count)
+                goal.loss(part, self.spectrum.render(waves).clamp(0, 1), self.count)
 
     @property
     def waves(self) -> Tensor:

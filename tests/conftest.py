@@ -1,11 +1,14 @@
 """Where the real input lies, and a cache folder and a network that belong to the tests alone."""
 
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 from models import cifar10
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores Ctrl-C
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"

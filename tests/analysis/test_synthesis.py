@@ -50,7 +50,7 @@ def test_waves_of_the_usual_power(photographs):
     """Noise becomes images with the set's covariance of the colours at each frequency, and its mean image."""
     spectrum = Spectrum(photographs)
     noise = np.random.default_rng(0).standard_normal((4000, 32, 32, 3)).astype(np.float32)
-    images = spectrum.images(spectrum.waves(noise)).permute(0, 2, 3, 1).numpy()
+    images = spectrum.render(spectrum.waves(noise)).permute(0, 2, 3, 1).numpy()
     assert images.mean(0) == pytest.approx(photographs.mean(0) / 255, abs=0.02)
     ours, theirs = (np.fft.fft2(x - x.mean(0), axes=(1, 2)) for x in (images, photographs / 255))
     for wave in ((0, 1), (3, 2), (8, 8)):
@@ -62,7 +62,7 @@ def test_images_of_their_own_waves(photographs):
     """Waves of the set itself give the set back: its power is the usual one."""
     spectrum = Spectrum(photographs)
     waves = spectrum.waves(photographs.astype(np.float32) / 255)
-    assert spectrum.images(waves).permute(0, 2, 3, 1).numpy() == pytest.approx(photographs / 255, abs=1e-3)
+    assert spectrum.render(waves).permute(0, 2, 3, 1).numpy() == pytest.approx(photographs / 255, abs=1e-3)
     assert unusual(waves).item() < 0.2
     assert unusual(2 * waves).item() > 1
 
