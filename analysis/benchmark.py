@@ -27,7 +27,7 @@ from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from analysis.inputs import CIFAR10, PROBE, check_folder, is_word, positive
+from analysis.inputs import PROBE, check_folder, is_word, place_of, positive
 from analysis.outputs import as_csv, as_images, finish, write_files
 from analysis.sources import FEW, default_batch_size
 
@@ -85,12 +85,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=positive, metavar="N", help="images at a time (default: as analysis.responses)")
     add("--repeats", type=positive, default=5, metavar="N", help="rounds (default: %(default)s)")
     add("--threads", type=positive, metavar="N", help="threads of torch (default: torch's own choice)")
-    add(
-        "--data",
-        type=Path,
-        metavar="PATH",
-        help="CIFAR-10's test images, or probe: the probe set (default: random pixels)",
-    )
+    add("--data", type=Path, metavar="PATH", help="CIFAR-10's test images, or probe: the probe set (default: random "
+        "pixels)")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     add("--out", type=Path, default=Path("figures"), metavar="DIR", help="default: %(default)s")
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -163,7 +159,7 @@ def named_images(path: Path) -> np.ndarray:
 
     if is_word(path, PROBE):
         return probe.load().images
-    return cifar10.load(None if is_word(path, CIFAR10) else path).images
+    return cifar10.load(place_of(path)).images
 
 
 def load_images(job: Job) -> np.ndarray:

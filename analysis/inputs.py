@@ -275,7 +275,7 @@ def find_cifar10(args: argparse.Namespace, sizes: set[str]) -> Data | None:
     if is_word(args.data, PROBE):
         return find_probe(args)
     try:
-        return cifar10.load(None if is_word(args.data, CIFAR10) else args.data, args.split)
+        return cifar10.load(place_of(args.data), args.split)
     except (NoData, WrongSize) as error:
         if args.data and not sizes and args.data.is_dir():
             return find_folder(args, sizes)
@@ -294,6 +294,11 @@ def find_cifar10(args: argparse.Namespace, sizes: set[str]) -> Data | None:
 def is_word(path: Path | None, word: str) -> bool:
     """True if --data says a word of its own; a file or folder of this name wins."""
     return path is not None and str(path) == word and not path.exists()
+
+
+def place_of(path: Path | None) -> Path | None:
+    """Where the real images lie; None, wherever they can be found, for the word that asks for no stand-in."""
+    return None if is_word(path, CIFAR10) else path
 
 
 def find_probe(args: argparse.Namespace) -> Probe:

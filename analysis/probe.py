@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.inputs import CIFAR10, check_folder, check_options, find_network, is_word, positive
+from analysis.inputs import CIFAR10, check_folder, check_options, find_network, place_of, positive
 from analysis.outputs import as_csv, as_images, finish, versions, write_files
 
 if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help does without
@@ -203,7 +203,7 @@ def load_all(path: Path) -> np.ndarray:
     from models import cifar10
     from models.layouts import NoData
 
-    place = None if is_word(path, CIFAR10) else path
+    place = place_of(path)
     test = cifar10.load(place).images
     try:
         return np.concatenate([test, cifar10.load(place, "train", download=False).images])

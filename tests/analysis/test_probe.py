@@ -8,25 +8,15 @@ from analysis import synthesis
 from analysis.probe import main, nearest
 from models import build, checkpoints, cifar10, probe
 from models.files import sha256
-from models.layouts import CLASSES
 from models.preprocess import PRESETS
+from tests.analysis.test_responses import images  # noqa: F401 (a fixture)
 from tests.models.test_recognition import blobs, record
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """Forty images in class folders."""
-    path = tmp_path_factory.mktemp("cifar")
-    for i, image in enumerate(blobs(40, seed=0)):
-        (path / CLASSES[i % 10]).mkdir(exist_ok=True)
-        Image.fromarray(image).save(path / CLASSES[i % 10] / f"{i}.png")
-    return path
-
-
 @pytest.fixture
-def words(folder, tmp_path, monkeypatch):
+def words(images, tmp_path, monkeypatch):  # noqa: F811
     """A command for two networks on a test set that is taken for the published one."""
-    monkeypatch.setitem(cifar10.DIGESTS, "test", cifar10.load(folder).digest)
+    monkeypatch.setitem(cifar10.DIGESTS, "test", cifar10.load(images).digest)
     monkeypatch.setattr(synthesis, "EXCHANGES", 20)
     monkeypatch.setattr("analysis.probe.CANDIDATES", 2)
     for name in ("resnet-8", "plain-8"):
@@ -35,7 +25,7 @@ def words(folder, tmp_path, monkeypatch):
             tmp_path / f"{name}.safetensors", network, PRESETS["imagenet"], crop_padding="none", training={}
         )
     networks = (tmp_path / "resnet-8.safetensors", "--held-out", f"other={tmp_path / 'plain-8.safetensors'}")
-    return (*networks, "--data", folder, "--count", 70, "--rounds", 2)
+    return (*networks, "--data", images, "--count", 70, "--rounds", 2)
 
 
 def run(*words):
@@ -62,7 +52,7 @@ def test_the_command(words, tmp_path, capsys):
     assert "the nearest of CIFAR-10's 80 images is " in printed  # a folder without splits is taken for both
 
 
-def test_the_errors_are_those_that_responses_gives(words, folder, tmp_path):
+def test_the_errors_are_those_that_responses_gives(words, images, tmp_path):  # noqa: F811
     """Measured again by the other command, on the images that were written."""
     from analysis.responses import main as responses
 
@@ -73,7 +63,7 @@ def test_the_errors_are_those_that_responses_gives(words, folder, tmp_path):
     for i, image in enumerate(data.images):
         Image.fromarray(image).save(pictures / f"{i}.png")
     means = {}
-    for name, source in (("test", folder), ("probe", pictures)):
+    for name, source in (("test", images), ("probe", pictures)):
         options = ["--data", str(source), "--format", "svg", "--out", str(tmp_path / name)]
         assert responses(["--checkpoint", str(tmp_path / "plain-8.safetensors"), *options]) == 0
         means[name] = pd.read_csv(tmp_path / name / "responses.csv")["std"]
