@@ -12,6 +12,7 @@ No code in any of these files is run.
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import re
@@ -212,8 +213,10 @@ def cached(path: Path, split: str, files: list[Path], decode: Decoder) -> Decode
     if labels is not None:
         arrays["labels"] = labels
     try:
+        content = io.BytesIO()  # numpy 1.26 would leave a file open that it could not write
+        np.savez(content, **arrays)
         with replacing(store) as temporary:
-            np.savez(temporary, **arrays)
+            temporary.write_bytes(content.getbuffer())
     except OSError:
         pass  # a cache that cannot be written only costs time
     return images, labels

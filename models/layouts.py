@@ -235,7 +235,10 @@ def decode_images(files: Iterator[tuple[str, Any]], count: int) -> np.ndarray:
                     width, height = image.size
                     raise WrongSize(f"{name}: {width}x{height} pixels; the images of CIFAR-10 have 32x32")
                 images[i] = np.asarray(as_rgb(image))
-        except (WrongSize, FileNotFoundError):  # one that vanished is not damaged
+        except FileNotFoundError as error:  # vanished, not damaged
+            error.filename = name  # Pillow 10 gives its absolute path
+            raise
+        except WrongSize:
             raise
         except Exception as error:  # a damaged image raises anything
             raise ValueError(f"{name}: damaged or no image ({reason(error)})") from error
