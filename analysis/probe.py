@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help 
 STATE = "state.pt"  # in --out, while the images are made
 FIXED = {"source": ["hooks"], "split": "test", "images": None, "normalize": "auto", "model": None, "ema": False,
          "batch_size": None, "precision": "float32", "verbose": False}  # fmt: skip
-CANDIDATES = 6  # dead leaves for each image that is chosen of them
+CANDIDATES = 12  # dead leaves for each image that is chosen of them
 SHOWN = 10  # pairs of nearest neighbours
 
 
