@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch import nn
 
+from analysis import synthesis
 from analysis.hooks import measuring
 from analysis.leaves import dead_leaves
 from analysis.synthesis import Goal, Spectrum, Synthesis, choose, fused, unusual
@@ -122,6 +123,15 @@ def test_those_are_chosen_that_fit_together(network, result, photographs):
     assert (chosen >= 60).mean() > 0.9
     assert np.array_equal(chosen, choose(goals, images, 40, seed=0))
     assert sorted(choose(goals, images[:5], 5, seed=0).tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_one_try_along_the_slope_is_enough(network, result, photographs, monkeypatch):
+    """With nothing but the distance's slope to go by, those that fit are found: one of 60 at random would not be."""
+    monkeypatch.setattr(synthesis, "TRIED", 1)
+    monkeypatch.setattr(synthesis, "EXCHANGES", 200)
+    others = np.random.default_rng(1).integers(0, 256, (60, 32, 32, 3), dtype=np.uint8)
+    chosen = choose([Goal(network, NORMALISE, result)], np.concatenate([others, photographs]), 40, seed=0)
+    assert (chosen >= 60).mean() > 0.9
 
 
 def test_the_responses_become_those_of_the_test_set(network, result, photographs):
