@@ -50,6 +50,8 @@ def test_the_shipped_one():
     shipped = {name: sha256(zoo.find(name)) for name in zoo.shipped()}
     assert {name: networks[name]["sha256"] for name in shipped} == shipped  # made again when they are replaced
     for name in shipped:
+        assert networks[name]["mean"] <= 0.02
+        assert networks[name]["largest"] <= 0.08
         assert networks[name]["made_with"]
         assert networks[name]["mean"] < networks[name]["closed_form_mean"]
         assert networks[name]["largest"] < networks[name]["closed_form_largest"]
