@@ -27,7 +27,7 @@ from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from analysis.inputs import PROBE, check_folder, is_word, place_of, positive
+from analysis.inputs import PROBE, check_folder, place_of, positive
 from analysis.outputs import as_csv, as_images, finish, write_files
 from analysis.sources import FEW, default_batch_size
 
@@ -157,7 +157,7 @@ def named_images(path: Path) -> np.ndarray:
     """CIFAR-10's test images, or the probe set (N, 32, 32, 3), uint8."""
     from models import cifar10, probe
 
-    if is_word(path, PROBE):
+    if path == PROBE:
         return probe.load().images
     return cifar10.load(place_of(path)).images
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help 
 
 LABEL = 80  # characters at most
 SAMPLE = 64  # images of 224x224 pixels by which a network is recognised
-CIFAR10, PROBE = "cifar10", "probe"  # words that --data takes: the real images or an error, and the stand-in for them
+CIFAR10, PROBE = Path("cifar10"), Path("probe")  # words that --data takes: the real images or an error, a stand-in
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ def find_folder(args: argparse.Namespace, sizes: set[str]) -> ImageFolder | None
     """A folder of images for networks of 224x224 input."""
     from models.images import ImageFolder
 
-    if is_word(args.data, PROBE):
+    if args.data == PROBE:
         raise ValueError("--data probe: 32x32 images; these networks take 224x224: name a folder of images with --data")
     if args.data:
         return ImageFolder.open(args.data)
@@ -272,7 +272,7 @@ def find_cifar10(args: argparse.Namespace, sizes: set[str]) -> Data | None:
     from models import cifar10
     from models.layouts import NoData, WrongSize
 
-    if is_word(args.data, PROBE):
+    if args.data == PROBE:
         return find_probe(args)
     try:
         return cifar10.load(place_of(args.data), args.split)
@@ -291,14 +291,13 @@ def find_cifar10(args: argparse.Namespace, sizes: set[str]) -> Data | None:
         return None
 
 
-def is_word(path: Path | None, word: str) -> bool:
-    """True if --data says a word of its own; a file or folder of this name wins."""
-    return path is not None and str(path) == word and not path.exists()
-
-
 def place_of(path: Path | None) -> Path | None:
-    """Where the real images lie; None, wherever they can be found, for the word that asks for no stand-in."""
-    return None if is_word(path, CIFAR10) else path
+    """Where the real images lie; None, wherever they can be found, for the word that asks for no stand-in.
+
+    A file or folder of this name wins: it is the real images either way. Of PROBE the word wins, as a folder of results
+    may well bear its name.
+    """
+    return None if path == CIFAR10 and not path.exists() else path
 
 
 def find_probe(args: argparse.Namespace) -> Probe:

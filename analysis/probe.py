@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     add("items", nargs="*", metavar="[LABEL=]ITEM", help="a shipped network's name or a checkpoint, to make them with "
         "(default: all shipped networks)")  # fmt: skip
     add("--held-out", nargs="+", default=[], metavar="[LABEL=]ITEM", help="networks to test them on")
-    add("--data", type=Path, default=Path(CIFAR10), metavar="PATH", help="CIFAR-10 (default: $CIFAR10, ./data, cache "
+    add("--data", type=Path, default=CIFAR10, metavar="PATH", help="CIFAR-10 (default: $CIFAR10, ./data, cache "
         "folder, download)")  # fmt: skip
     add("--count", type=positive, default=480, metavar="N", help="images to make (default: %(default)s)")
     add("--rounds", type=positive, default=8, metavar="N", help="times that every network sees all images (default: "

@@ -62,9 +62,9 @@ def built(tmp_path_factory):
             pytest.skip(f"{package} {lowest} or newer is not installed here, and nothing is downloaded")
     folder = tmp_path_factory.mktemp("supply")
     checkout = folder / "checkout"  # builds leave folders behind, and take in what former ones left
-    for package in PACKAGES:
+    for package in (*PACKAGES, "tests"):
         shutil.copytree(ROOT / package, checkout / package, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, checkout)
     run("-c", SDIST, folder, cwd=checkout)
     [sdist] = folder.glob("*.tar.gz")
@@ -81,6 +81,7 @@ def test_wheel_and_sdist_hold_the_same_files_and_all_of_them(built):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert needed | {"pyproject.toml", "README.md", "LICENSE"} <= names
+    assert [name for name in names if name.startswith("tests")] == []  # a part of them would not run
 
 
 def test_what_is_installed_runs_elsewhere_with_its_own_files(built, tmp_path):
