@@ -1,6 +1,7 @@
 """From files and options to frames: other people's networks, folders of photographs, both sources at once."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from analysis.inputs import CIFAR10, place_of
 from analysis.responses import main
 from models import build, checkpoints, closed_form
 from models.preprocess import PRESETS
@@ -252,3 +254,10 @@ def test_names_and_order_that_do_not_agree_are_a_warning(tmp_path, capsys):
     assert capsys.readouterr().err == (
         "warning: a: names and order of the tensors do not agree on conv1 -> bn1: a forward pass tells\n"
     )
+
+
+def test_a_folder_of_the_name_that_asks_for_the_real_images_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert place_of(Path("cifar10")) is None
+    (tmp_path / "cifar10").mkdir()
+    assert place_of(Path("cifar10")) == CIFAR10
