@@ -49,11 +49,10 @@ def sums_over_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     pixels = math.gcd(height * width, max(1, ROW // channels))  # side by side
     rows = x.permute(0, 2, 3, 1).reshape(-1, pixels * channels)  # (N, H, W, C) -> (N * H * W / p, p * C)
     total, squares = torch.zeros(2, channels, dtype=torch.float64)
+    running = torch.zeros(pixels * channels) if x.dtype in HALF else None  # in float32, and so are sums and results
     for part in torch.split(rows, RUN):
-        if part.dtype in HALF:
-            part = part.float()
         image = part[None, :, None].permute(0, 3, 1, 2)  # (n, p * C) -> (1, p * C, n, 1), in channels_last
-        mean, variance = torch.batch_norm_update_stats(image, None, None, 0.0)
+        mean, variance = torch.batch_norm_update_stats(image, running, running, 0.0)
         mean = mean.double().view(pixels, channels)
         total += mean.sum(0) * len(part)
         squares += torch.addcmul(variance.double().view(pixels, channels), mean, mean).sum(0) * len(part)

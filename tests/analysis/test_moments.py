@@ -64,9 +64,10 @@ def test_large_batches_in_channels_last(shape):
     assert Moments.of(x).std == pytest.approx(expected, rel=2e-7)  # runs of any length: 1e-6 and more
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_summed_in_float32(dtype):
-    x = responses().to(dtype)
+def test_half_precision_is_summed_in_float32(dtype, layout):
+    x = responses().to(dtype, memory_format=layout)
     check(Moments.of(x), x, 1e-6)
 
 
