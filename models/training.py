@@ -3,7 +3,7 @@
 A run's folder holds config.json, state.pt, metrics.csv, snapshots/ and the finished network, whose BN statistics are
 those of one batch of 10,000 augmented training images. The state is the iteration, the network and its momentum (and
 sums for the next row of metrics.csv), so an interrupted run ends with the same tensors, bit for bit, as one that was
-not: on the same CPU, with as many threads and the same versions.
+not: on the same CPU, with as many threads and the same versions. It may go on elsewhere; the card says where it did.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from models.recipe import (
     Recipe,
     autocast,
     batch_indices,
+    compiled_blocks,
     new_network,
     new_optimizer,
     new_step,
@@ -56,6 +57,7 @@ from models.recipe import (
 )
 
 CONFIG, STATE, METRICS = "config.json", "state.pt", "metrics.csv"
+ANYWHERE = ("device", "precision")  # of a recipe: a run may go on with others
 COLUMNS = ("epoch", "iteration", "loss", "train_error", "test_error", "lr", "mean_std")  # errors in %
 LOOK_EVERY = 50  # iterations between looks at a GPU's losses; each look waits for the GPU
 SAVE_EVERY = 120  # seconds
@@ -75,6 +77,7 @@ class Progress:
     wrong: int = 0  # images in them
     seconds: float = 0.0  # training and evaluating, without the time between an interruption and going on
     rows: list[dict[str, float]] = field(default_factory=list)
+    machines: list[tuple[int, str]] = field(default_factory=list)  # from which iteration on, and what it trained on
 
 
 class Training:
@@ -98,7 +101,9 @@ class Training:
         self.step = new_step(self.network, self.optimizer, recipe)
         if recipe.device == "cuda":
             torch.backends.cudnn.benchmark = True
-            self.step = CapturedStep(self.step, *self.batch(), list(self.tensors().values()))
+            torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+            with compiled_blocks(self.network):
+                self.step = CapturedStep(self.step, *self.batch(), list(self.tensors().values()))
         self.pending: list[Tensor] = []  # what steps gave since the last look
         self.shown = ""  # in the progress bar
         self.clock = self.saved_at = time.perf_counter()
@@ -125,6 +130,9 @@ class Training:
         """Train to the last iteration, or until `stop` gives the number of a signal."""
         recipe, progress = self.recipe, self.progress
         snapshots = recipe.snapshot_iterations()
+        last = progress.machines[-1][1] if progress.machines else ""
+        if progress.iteration < recipe.iterations and machine(recipe) != last:
+            progress.machines.append((progress.iteration, machine(recipe)))
         self.save()
         with tqdm(total=recipe.iterations, initial=progress.iteration, desc=recipe.label, disable=None) as bar:
             while True:
@@ -161,8 +169,8 @@ class Training:
     def look(self) -> None:
         """Take in what the steps since the last look gave. Fault where a loss is no number."""
         progress = self.progress
-        for iteration, result in enumerate(self.pending, start=progress.iteration - len(self.pending)):
-            loss, wrong = result.tolist()
+        results = torch.stack(self.pending).tolist() if self.pending else []  # one wait for the GPU
+        for iteration, (loss, wrong) in enumerate(results, start=progress.iteration - len(results)):
             if not math.isfinite(loss):
                 raise self.diverged(f"the loss is {loss}", iteration)
             progress.batches += 1
@@ -216,7 +224,11 @@ class Training:
 
     def mean_std(self) -> float:
         """Of the responses, over the layers, in closed form."""
-        return float(closed_form(self.network)["std"].mean())
+        state = self.network.state_dict()
+        vectors = {name: tensor for name, tensor in state.items() if tensor.ndim == 1}  # BN's
+        together = torch.cat(list(vectors.values())).cpu()  # one wait for the GPU
+        parts = torch.split(together, [len(vector) for vector in vectors.values()])
+        return float(closed_form(state | dict(zip(vectors, parts, strict=True)))["std"].mean())
 
     def write_rows(self) -> None:
         with replacing(self.folder / METRICS) as temporary, open(temporary, "w", newline="") as file:
@@ -286,17 +298,21 @@ class Training:
             mean_std=round(self.mean_std(), 6),
             seconds=round(self.progress.seconds),
             images_per_s=round(self.speed()),
-            device_name=torch.cuda.get_device_name() if recipe.device == "cuda" else cpu_name(),
+            device_name="; ".join(
+                f"from iteration {first:,} on {name}" if first else name for first, name in self.progress.machines
+            ),
             versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         )
         return f"test error {error:.2f} %, mean std {self.mean_std():.3f}, {self.speed():.0f} images/s"
 
 
-def cpu_name() -> str:
-    """The processor and how many threads of it torch uses."""
+def machine(recipe: Recipe) -> str:
+    """The GPU, or the processor and how many threads of it torch uses, and the precision."""
+    if recipe.device == "cuda":
+        return f"{torch.cuda.get_device_name()}, {recipe.precision}"
     info = Path("/proc/cpuinfo")  # only Linux has it
     names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
-    return f"{[*names, platform.machine()][0]}, {torch.get_num_threads()} threads"
+    return f"{[*names, platform.machine()][0]}, {torch.get_num_threads()} threads, {recipe.precision}"
 
 
 def stopped(number: int, kept: str) -> Fault:
@@ -348,7 +364,7 @@ def check_folder(recipe: Recipe, folder: Path) -> None:
     except ValueError as error:
         raise Fault(f"{path}: damaged; choose another --out, or remove the folder", 2) from error
     here = asdict(recipe)
-    names = [name for name in here | there if here.get(name) != there.get(name)]
+    names = [name for name in here | there if name not in ANYWHERE and here.get(name) != there.get(name)]
     if names:
         differences = ", ".join(f"{name} is {there.get(name)} there and {here.get(name)} here" for name in names)
         raise Fault(f"{folder}: a run of another configuration: {differences}; choose another --out", 2)

@@ -2,13 +2,22 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from models import build
-from models.recipe import Recipe, batch_indices, new_network, new_optimizer, new_step, recompute_statistics
+from models.recipe import (
+    Recipe,
+    batch_indices,
+    compiled_blocks,
+    new_network,
+    new_optimizer,
+    new_step,
+    recompute_statistics,
+)
 from models.training import WARM_UP_DEPTH, WARM_UP_ERROR
 
 SMALL = Recipe("residual", 8, iterations=12, batch=32)
@@ -133,3 +142,27 @@ def test_precision_is_that_of_the_convolutions(precision):
     loss, _ = new_step(network, new_optimizer(network, recipe), recipe)(torch.randn(4, 3, 32, 32), torch.arange(4))
     assert seen == [getattr(torch, precision)]
     assert loss.dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own look at what it compiles
+@pytest.mark.parametrize("kind", ["residual", "plain"])
+def test_compiled_blocks_compute_the_same_and_share_their_compilations(kind, monkeypatch):
+    """With a stand-in for what makes kernels of a graph: that needs a compiler, and half a minute."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    one, other = (new_network(Recipe(kind, 20)) for _ in range(2))
+    x = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    with compiled_blocks(other):
+        logits = other(x)
+    assert torch.equal(logits, one(x))
+    assert len(graphs) == 5  # of 9 blocks: in each stage those after the first are alike, in the first stage all
+    assert other.state_dict().keys() == one.state_dict().keys()
+    other(x)
+    assert len(graphs) == 5  # it is as it was
+    assert not any("forward" in vars(module) for module in other.modules())

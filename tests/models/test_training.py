@@ -174,7 +174,7 @@ def test_finished_network_and_its_card(finished):
     expected = {"decay": "weights", "iterations": 12, "seed": 0, "device": "cpu", "precision": "float32", "lr": 0.1}
     assert card.items() >= (expected | {"bn_statistics": "one batch of 100 augmented training images"}).items()
     assert card["versions"]["torch"] == torch.__version__
-    assert re.search(r"\d threads", card["device_name"])
+    assert re.search(r"\d threads, float32$", card["device_name"])
     assert card["images_per_s"] > 0
     with torch.no_grad():
         logits = network.model(network.preprocessing(TEST.images))
@@ -234,6 +234,15 @@ def test_warm_up_and_its_window_survive_an_interruption(tmp_path, monkeypatch, e
             go(tmp_path / "parts", recipe, stop_after(count))
     go(tmp_path / "parts", recipe)
     assert_same(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_run_may_go_on_elsewhere_and_the_card_says_so(tmp_path):
+    with pytest.raises(Fault, match="stopped by SIGTERM"):
+        go(tmp_path, stop=stop_after(5))
+    go(tmp_path, replace(SMALL, precision="bfloat16"))
+    card = load(tmp_path / "resnet-8.safetensors").card["training"]
+    assert re.fullmatch(r".+ threads, float32; from iteration 5 on .+ threads, bfloat16", card["device_name"])
+    assert card["precision"] == "bfloat16"
 
 
 def test_metrics_never_tell_of_iterations_that_are_lost(tmp_path):
