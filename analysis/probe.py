@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help 
 STATE = "state.pt"  # in --out, while the images are made
 FIXED = {"source": ["hooks"], "split": "test", "images": None, "normalize": "auto", "model": None, "ema": False,
          "batch_size": None, "precision": "float32", "verbose": False}  # fmt: skip
-CANDIDATES = 12  # dead leaves for each image that is chosen of them
+CANDIDATES = 6  # dead leaves for each image: the first ones are changed, and all are chosen from
 SHOWN = 10  # pairs of nearest neighbours
 
 
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--data", type=Path, default=CIFAR10, metavar="PATH", help="CIFAR-10 (default: $CIFAR10, ./data, cache "
         "folder, download)")  # fmt: skip
     add("--count", type=positive, default=480, metavar="N", help="images to make (default: %(default)s)")
-    add("--rounds", type=positive, default=8, metavar="N", help="times that every network sees all images (default: "
+    add("--rounds", type=positive, default=12, metavar="N", help="times that every network sees all images (default: "
         "%(default)s)")  # fmt: skip
     add("--seed", type=int, default=0, metavar="N", help="of the images to set out from (default: %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
@@ -98,7 +98,6 @@ def run(args: argparse.Namespace) -> None:
 def make(args: argparse.Namespace, plan: Plan, results: list[Result]) -> np.ndarray:
     """The images (N, 32, 32, 3), uint8, from where an interrupted run has left them. The state is saved every round."""
     import numpy as np
-    import torch
     from tqdm import tqdm
 
     from analysis.synthesis import Goal, Spectrum, Synthesis, choose
@@ -113,11 +112,8 @@ def make(args: argparse.Namespace, plan: Plan, results: list[Result]) -> np.ndar
     asked = {"networks": [network.checkpoint.digest for network in networks],
              "count": args.count, "rounds": args.rounds, "seed": args.seed}  # fmt: skip
     spectrum, path = Spectrum(plan.data.images), args.out / STATE
-    state = read_state(path, asked)
-    if not state:
-        state = {"waves": (waves := first_waves(args, plan.data.images, spectrum))}
-        state["chosen"] = torch.from_numpy(choose(goals, spectrum.pixels(waves), args.count, args.seed))
-    synthesis = Synthesis(goals, spectrum, state["waves"][state["chosen"]], args.rounds, args.seed)
+    state = read_state(path, asked) or {"waves": first_waves(args, plan.data.images, spectrum)}
+    synthesis = Synthesis(goals, spectrum, state["waves"][: args.count], args.rounds, args.seed)
     if "synthesis" in state:
         synthesis.restore(state["synthesis"])
         print(f"{path}: going on after step {synthesis.step} of {synthesis.steps}")
@@ -134,7 +130,7 @@ def make(args: argparse.Namespace, plan: Plan, results: list[Result]) -> np.ndar
 
 
 def first_waves(args: argparse.Namespace, test: np.ndarray, spectrum: Spectrum) -> Tensor:
-    """Those of the dead leaves among which the images are chosen."""
+    """Those of dead leaves, of which the first are changed."""
     from tqdm import tqdm
 
     from analysis.leaves import dead_leaves

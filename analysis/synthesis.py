@@ -3,17 +3,16 @@
     spectrum = Spectrum(test_images)
     goals = [Goal(network, preprocessing, result), ...]  # result: of measuring the network on the test set
     waves = spectrum.waves(dead_leaves(test_images, count=2880, seed=0))
-    many = spectrum.pixels(waves)  # (2880, 32, 32, 3) uint8
-    synthesis = Synthesis(goals, spectrum, waves[choose(goals, many, count=480, seed=0)], rounds=8, seed=0)
+    synthesis = Synthesis(goals, spectrum, waves[:480], rounds=12, seed=0)
     for loss in synthesis.go_on():  # one step a time: one network, one part of the images
         ...
-    many = np.concatenate([many, spectrum.pixels(synthesis.waves)])
+    many = np.concatenate([spectrum.pixels(waves), spectrum.pixels(synthesis.waves)])  # (3360, 32, 32, 3) uint8
     images = many[choose(goals, many, count=480, seed=0)]
 
 For every channel of every layer the mean m and variance v over the images are compared with those over the test set,
 m0 and v0: the loss is the mean over layers of mean_c((m - m0)^2 / v0 + log(v / v0)^2), of one network at a time.
-Choosing those of many images that fit together makes most of the difference: what is rare is then as frequent as in the
-test set. Changing them makes the rest; the less they are changed, the better they suit other networks.
+Images are changed, and then chosen, with unchanged ones among them, so that they fit together: what is rare is as
+frequent as in the test set. The less they are changed, the better they suit other networks.
 
 What is changed are an image's waves (its Fourier transform), in units of the power that each has in the test set: so
 a step changes coarse and fine structure, grey and colours, as much as photographs differ in them, and no network is
