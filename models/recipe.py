@@ -165,6 +165,7 @@ def compiled_blocks(network: ResNet) -> Iterator[None]:
 
     from models.resnet import BasicBlock
 
+    torch.compiler.reset()  # what earlier networks needed counts towards the most that torch compiles of one function
     blocks = [module for module in network.modules() if isinstance(module, BasicBlock)]
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=False)  # type: ignore[method-assign]

@@ -130,6 +130,8 @@ class Training:
         """Train to the last iteration, or until `stop` gives the number of a signal."""
         recipe, progress = self.recipe, self.progress
         snapshots = recipe.snapshot_iterations()
+        while progress.machines and progress.machines[-1][0] == progress.iteration:  # it trained nothing
+            progress.machines.pop()
         last = progress.machines[-1][1] if progress.machines else ""
         if progress.iteration < recipe.iterations and machine(recipe) != last:
             progress.machines.append((progress.iteration, machine(recipe)))
@@ -225,7 +227,7 @@ class Training:
     def mean_std(self) -> float:
         """Of the responses, over the layers, in closed form."""
         state = self.network.state_dict()
-        vectors = {name: tensor for name, tensor in state.items() if tensor.ndim == 1}  # BN's
+        vectors = {name: tensor for name, tensor in state.items() if tensor.ndim == 1}  # BN's, and a bias
         together = torch.cat(list(vectors.values())).cpu()  # one wait for the GPU
         parts = torch.split(together, [len(vector) for vector in vectors.values()])
         return float(closed_form(state | dict(zip(vectors, parts, strict=True)))["std"].mean())

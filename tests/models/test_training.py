@@ -239,6 +239,9 @@ def test_warm_up_and_its_window_survive_an_interruption(tmp_path, monkeypatch, e
 def test_a_run_may_go_on_elsewhere_and_the_card_says_so(tmp_path):
     with pytest.raises(Fault, match="stopped by SIGTERM"):
         go(tmp_path, stop=stop_after(5))
+    training = Training(SMALL, TRAIN, TEST, tmp_path)
+    training.progress.machines.append((5, "another, where it trained nothing"))
+    training.save()
     go(tmp_path, replace(SMALL, precision="bfloat16"))
     card = load(tmp_path / "resnet-8.safetensors").card["training"]
     assert re.fullmatch(r".+ threads, float32; from iteration 5 on .+ threads, bfloat16", card["device_name"])
