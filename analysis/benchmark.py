@@ -14,16 +14,16 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import pickle
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import active_children, get_context
 from pathlib import Path
 from statistics import median
+from subprocess import PIPE
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -271,31 +271,38 @@ def peak_of(job: Job, way: str, names: list[str]) -> float | None:
 
     None where that process is killed, as it is for want of memory.
     """
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process to answer
+    command = [sys.executable, "-c", "from analysis import benchmark; benchmark.run_alone()"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process to answer
+    try:
+        process = subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with process:
         try:
-            peak = pool.submit(run_alone, job, way, names)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        try:
-            return peak.result()
-        except BrokenProcessPool:
-            return None
-        except KeyboardInterrupt:
-            for child in active_children():
-                child.kill()  # to wait for what it measures could take minutes
+            said, failed = process.communicate(pickle.dumps((asdict(job), way, names)))
+        except BaseException:
+            process.kill()  # to wait for what it measures could take minutes
             raise
+    if process.returncode < 0:
+        return None
+    if process.returncode:
+        last = failed.decode(errors="replace").strip().rpartition("\n")[2]
+        raise ValueError(f"{job.network}, {way}: failed in a process of its own: {last}")
+    return float(said.split()[-1])
 
 
-def run_alone(job: Job, way: str, names: list[str]) -> float:
-    """In a process of its own: run a way once. Its peak memory in MB."""
+def run_alone() -> None:
+    """In a process of its own: run the way once that stdin names, and print its peak memory in MB."""
     import torch
 
     from analysis.ways import WAYS
 
+    facts, way, names = pickle.load(sys.stdin.buffer)
+    job = Job(**facts)  # a Job of another process could be of its __main__
     torch.set_num_threads(job.threads)
     WAYS[way](load_network(job), names, batches_of(job))
-    return torch.cuda.max_memory_allocated() / 1e6 if job.device == "cuda" else resident_peak()
+    print(torch.cuda.max_memory_allocated() / 1e6 if job.device == "cuda" else resident_peak())
 
 
 def resident_peak() -> float:

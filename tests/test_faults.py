@@ -498,7 +498,7 @@ IMPORTS = {  # words of the real commands, and modules at whose import it comes
     RESPONSES: ("--checkpoint a.safetensors --source batchnorm", "analysis.inputs torch torch.nn.modules.conv pandas"),
     COMPARE: ("a.safetensors b.safetensors --source batchnorm", "torch torch.nn.modules.conv pandas seaborn"),
     "analysis.dynamics": ("nowhere", "analysis.outputs torch torch.nn.modules.conv pandas"),
-    "analysis.benchmark": ("--networks resnet-8", "concurrent.futures pandas torch matplotlib.figure"),
+    "analysis.benchmark": ("--networks resnet-8", "analysis.sources pandas torch matplotlib.figure"),
     "models.train": ("--depth 8", "models.recipe torch torch.nn.modules.conv numpy"),
     "models.resnet": ("resnet-8", "argparse torch torch.nn.modules.conv torch.nn.modules.batchnorm"),
 }
@@ -560,7 +560,7 @@ def interrupt_a_process(folder, rounds):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while len(begun := children.read_text().split()) < 2:  # the other one watches over shared resources
+    while not (begun := children.read_text().split()):
         time.sleep(0.01)
     time.sleep(0.1)
     for number in map(int, begun):

@@ -165,6 +165,29 @@ def test_memory_is_that_of_another_process():
     del ballast
 
 
+def test_the_command_itself(tmp_path):
+    """Started as users start it, when its own classes are those of __main__."""
+    command = [sys.executable, "-m", "analysis.benchmark", "--networks", "resnet-8", "--images", "4", "--repeats", "1"]
+    subprocess.run([*command, "--out", tmp_path], check=True, capture_output=True, cwd=ROOT)
+    table = pd.read_csv(tmp_path / "benchmark.csv").set_index("way").drop("torchlens")
+    assert table.index.tolist() == [way for way in WAYS if way != "torchlens"]
+    assert ((table["peak_mb"] > 50) & (table["peak_mb"] < 2000)).all()
+
+
+def test_what_fails_in_another_process_is_named():
+    """Not in a child of multiprocessing, where torchlens refuses to work."""
+    with pytest.raises(ValueError, match=r"^resnet-9, plain forward: failed in .*: ValueError: no CIFAR-10 network"):
+        benchmark.peak_of(Job("resnet-9", 4, 4, None, "cpu", 1), PLAIN, [])
+
+
+def test_a_process_that_is_killed_has_no_peak(monkeypatch, tmp_path):
+    killed = tmp_path / "python"
+    killed.write_text("#!/bin/sh\ncat >/dev/null; kill -9 $$\n")
+    killed.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(killed))
+    assert benchmark.peak_of(Job("resnet-8", 4, 4, None, "cpu", 1), PLAIN, []) is None
+
+
 def test_storing_more_than_a_third_of_the_memory_is_left_out(monkeypatch):
     layers = pd.DataFrame({"count": [2 * 10**6, 10**6], "images": [2, 2]})
     job = Job("resnet-8", 1000, 4, None, "cpu", 1)
