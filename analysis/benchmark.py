@@ -206,8 +206,9 @@ def measure_job(job: Job, repeats: int) -> list[dict[str, Any]]:
             start = now(job)
             stds[way] = WAYS[way](model, names, batches_of(job, images))
             seconds[way].append(now(job) - start)
-    peaks = {way: peak_of(job, way, names) for way in ways}
-    notes |= {way: "out of memory in a process of its own" for way, peak in peaks.items() if peak is None}
+    peaks: dict[str, float | None] = {}
+    for way in ways:
+        peaks[way], notes[way] = peak_of(job, way, names)
     facts = {key: value for key, value in asdict(job).items() if key != "data"} | {"repeats": repeats}
     return [
         facts
@@ -266,10 +267,10 @@ def memory_of_machine() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
-def peak_of(job: Job, way: str, names: list[str]) -> float | None:
+def peak_of(job: Job, way: str, names: list[str]) -> tuple[float | None, str]:
     """The peak of a way's memory in MB: on a GPU what torch allocates, else what a process of its own has resident.
 
-    None where that process is killed, as it is for want of memory.
+    Where that process fails, None and why; it is killed for want of memory.
     """
     command = [sys.executable, "-c", "from analysis import benchmark; benchmark.run_alone()"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -285,11 +286,10 @@ def peak_of(job: Job, way: str, names: list[str]) -> float | None:
             process.kill()  # to wait for what it measures could take minutes
             raise
     if process.returncode < 0:
-        return None
+        return None, "out of memory in a process of its own"
     if process.returncode:
-        last = failed.decode(errors="replace").strip().rpartition("\n")[2]
-        raise ValueError(f"{job.network}, {way}: failed in a process of its own: {last}")
-    return float(said.split()[-1])
+        return None, failed.decode(errors="replace").strip().rpartition("\n")[2]
+    return float(said.split()[-1]), ""
 
 
 def run_alone() -> None:
