@@ -179,8 +179,10 @@ def test_the_command_itself(tmp_path):
 def test_what_fails_in_another_process_is_noted(monkeypatch, tmp_path):
     """That process is no child of multiprocessing, where torchlens refuses to work."""
     trace = "from multiprocessing import current_process\ndef trace(model, x): raise OSError(current_process().name)"
-    (tmp_path / "torchlens.py").write_text(trace)
-    monkeypatch.syspath_prepend(tmp_path)
+    elsewhere = tmp_path / "packages"
+    elsewhere.mkdir()
+    (elsewhere / "torchlens.py").write_text(trace)
+    monkeypatch.syspath_prepend(elsewhere)
     assert benchmark.peak_of(Job("resnet-8", 4, 4, None, "cpu", 1), "torchlens", []) == (None, "OSError: MainProcess")
 
 
