@@ -3,7 +3,8 @@
 Things of all sizes, the small ones more frequent than the large ones, fall onto the picture until all of it is covered;
 what lies on top is seen. Such images have the edges, the flat parts and the scales of photographs, and show nothing
 (Lee, Mumford and Huang 2001, IJCV 41; Baradad et al. 2021, arXiv 2106.05963, trained networks on them). Each has the
-colours of one photograph: there are layers that respond to little else than a strong red, which few photographs have.
+colours of one photograph: there are layers that respond to little else than a strong red, which few photographs have,
+or to an aeroplane in a blue sky: in some images a few leaves lie on nothing but one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 FINER = 3  # times as many pixels a side are drawn, then averaged
 SMALLEST = (1.5, 16.0)  # pixels: the radius of an image's smallest leaves is in this range
 IN_FRONT, CENTRAL = 3, (3.0, 11.0)  # leaves in front, at most, near the middle; their radii in pixels
+OPEN, BEHIND = 1 / 6, 4.5  # share of images with one leaf behind those, as a sky; its radius in sides, to cover all
 MOST = 400  # leaves in an image
 REACH = 1.42  # radii from a leaf's middle to its farthest point: a square's corner, and about a star's
 SHADE = 0.06  # standard deviation of the slope of brightness across a leaf
@@ -80,6 +82,8 @@ def draw(random: np.random.Generator, photograph: np.ndarray) -> np.ndarray:
     for _ in range(random.integers(IN_FRONT + 1)):
         y, x = random.normal(side / 2, side / 8, 2)
         picture.drop(y, x, FINER * random.uniform(*CENTRAL))
+    if random.random() < OPEN:
+        picture.drop(side / 2, side / 2, BEHIND * side)
     smallest, largest = FINER * np.exp(random.uniform(*np.log(SMALLEST))), side / 1.2
     for _ in range(MOST):
         if picture.covered.all():

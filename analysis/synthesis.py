@@ -40,7 +40,8 @@ PART = 64  # images in a step
 LEARNING_RATE = 0.02  # of Adam, at first, in units of a wave's power in the test set; falls to 0 along a cosine
 OUTSIDE = 100.0  # weight of the mean square of what is blacker than black or whiter than white
 FLOOR = 1e-4  # of a layer's mean variance, added to every variance: a dead channel has none
-EXCHANGES, TRIED = 2500, 32  # how often one chosen image may be exchanged for another, and for the best of how many
+EXCHANGES = 6000  # how often one chosen image may be exchanged for another
+AMONG, TRIED = 420, 16  # of how many that one is sought, and how many of these are tried
 
 
 class Spectrum:
@@ -139,8 +140,8 @@ def fused(model: nn.Module, pairs: list[tuple[str, str]], responses: list[Tensor
 def choose(goals: list[Goal], images: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Of images (N, H, W, 3), uint8, `count` that are together as near to the goals as exchanging brings them.
 
-    Returns their numbers, (count,). One of those that are chosen is taken away, those of the others are tried along
-    which the distance would fall most steeply, and the best takes its place where that brings all nearer.
+    Returns their numbers, (count,). One of those that are chosen is taken away; of some others, those are tried along
+    which the distance would fall most steeply; and the best takes its place where that brings all nearer.
     """
     device = goals[0].means.device
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
@@ -148,22 +149,28 @@ def choose(goals: list[Goal], images: np.ndarray, count: int, seed: int) -> np.n
     features = [torch.stack([torch.cat(values) for values in zip(*parts, strict=True)]) for parts in seen]  # (2, N, C)
     random = np.random.default_rng(seed)
     chosen = torch.from_numpy(random.permutation(len(images))[:count]).to(device)
+    free = torch.ones(len(images), dtype=torch.bool, device=device)
+    free[chosen] = False
     sums = [values[:, chosen].sum(1) for values in features]  # (2, C)
     nearest = math.inf
     for _ in range(EXCHANGES if len(images) > count else 0):
         place = random.integers(count)
         left = [total - values[:, chosen[place]] for total, values in zip(sums, features, strict=True)]
-        gain = torch.zeros(len(images), device=device)
+        first = int(random.integers(1 - AMONG, len(images)))
+        some = slice(max(0, first), first + AMONG)
+        gain = torch.where(free[some], 0.0, -math.inf)
         for goal, total, values in zip(goals, left, features, strict=True):
             slopes = torch.func.grad(lambda x, goal=goal: goal.distance(*x))(total / count)  # (2, C)
-            gain -= values[0] @ slopes[0] + values[1] @ slopes[1]
-        gain[chosen] = -math.inf
-        tried = gain.topk(min(TRIED, len(images) - count)).indices
+            gain -= values[0, some] @ slopes[0] + values[1, some] @ slopes[1]
+        tried = some.start + gain.topk(min(TRIED, int(free[some].sum()))).indices
+        if not len(tried):
+            continue
         new = [total[:, None] + values[:, tried] for total, values in zip(left, features, strict=True)]
         distances = torch.stack([goal.distance(*(x / count)) for goal, x in zip(goals, new, strict=True)]).sum(0)
         best = int(distances.argmin())
         if distances[best] < nearest:
             nearest, sums = float(distances[best]), [x[:, best] for x in new]
+            free[chosen[place]], free[tried[best]] = True, False
             chosen[place] = tried[best]
     return chosen.cpu().numpy()
 

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from analysis.leaves import Picture, dead_leaves
+from analysis import leaves
+from analysis.leaves import BEHIND, FINER, Picture, dead_leaves
 
 
 @pytest.fixture
@@ -46,3 +47,24 @@ def test_images_have_edges_and_flat_parts():
     noise = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
     steps = np.diff(dead_leaves(noise, 16, seed=0), axis=1)
     assert np.mean(steps**4) / np.mean(steps**2) ** 2 > 5  # 3 for Gaussian noise
+
+
+def test_one_leaf_may_lie_behind_the_others_as_a_sky(monkeypatch):
+    """What no leaf in front covers then has the colour of one leaf, with a slope of brightness."""
+    two = np.array([[10, 20, 30], [240, 230, 220]], np.uint8)
+    photograph = two[np.random.default_rng(0).integers(2, size=(1, 32, 32))]
+    monkeypatch.setattr(leaves, "OPEN", 1)
+    monkeypatch.setattr(leaves, "IN_FRONT", 0)
+    monkeypatch.setattr(leaves, "SHADE", 0)
+    skies = dead_leaves(photograph, 8, seed=0)
+    assert np.allclose(skies, skies[:, :1, :1], atol=1e-6)
+    monkeypatch.setattr(leaves, "OPEN", 0)
+    assert dead_leaves(photograph, 8, seed=0).std((1, 2)).min() > 0.1
+
+
+def test_a_leaf_behind_covers_the_whole_picture():
+    side = FINER * 32
+    for seed in range(100):  # of its angle, shape and slimness
+        pixels, covered = np.zeros((side, side, 3), np.float32), np.zeros((side, side), bool)
+        Picture(np.random.default_rng(seed), np.eye(3), pixels, covered).drop(side / 2, side / 2, BEHIND * side)
+        assert covered.all()
