@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help 
 STATE = "state.pt"  # in --out, while the images are made
 FIXED = {"source": ["hooks"], "split": "test", "images": None, "normalize": "auto", "model": None, "ema": False,
          "batch_size": None, "precision": "float32", "verbose": False}  # fmt: skip
+SHIPPED = 3.0  # weight of a network that is shipped, for which the set is used most; of another: 1
 CANDIDATES = 6  # dead leaves for each image: the first ones are changed, and all are chosen from
 SHOWN = 10  # pairs of nearest neighbours
 
@@ -101,14 +102,18 @@ def make(args: argparse.Namespace, plan: Plan, results: list[Result]) -> np.ndar
     from tqdm import tqdm
 
     from analysis.synthesis import Goal, Spectrum, Synthesis, choose
+    from models import zoo
     from models.cifar10 import Cifar10
+    from models.files import sha256
 
     assert isinstance(plan.data, Cifar10)  # see run
     networks = plan.networks[: len(results)]
+    shipped = {sha256(zoo.find(name)) for name in zoo.shipped()}
     goals = []
     for network, result in zip(networks, results, strict=True):
         assert network.checkpoint.preprocessing is not None  # recognised at the latest, as there are images
-        goals.append(Goal(network.model, network.checkpoint.preprocessing, result))
+        weight = SHIPPED if network.checkpoint.digest in shipped else 1.0
+        goals.append(Goal(network.model, network.checkpoint.preprocessing, result, weight))
     asked = {"networks": [network.checkpoint.digest for network in networks],
              "count": args.count, "rounds": args.rounds, "seed": args.seed}  # fmt: skip
     spectrum, path = Spectrum(plan.data.images), args.out / STATE

@@ -10,9 +10,9 @@
     images = many[choose(goals, many, count=480, seed=0)]
 
 For every channel of every layer the mean m and variance v over the images are compared with those over the test set,
-m0 and v0: the loss is the mean over layers of mean_c((m - m0)^2 / v0 + log(v / v0)^2), of one network at a time.
-Images are changed, and then chosen, with unchanged ones among them, so that they fit together: what is rare is as
-frequent as in the test set. The less they are changed, the better they suit other networks.
+m0 and v0: the loss is the mean over layers of mean_c((m - m0)^2 / v0 + log(v / v0)^2), of one network at a time, times
+its weight. Images are changed, and then chosen, with unchanged ones among them, so that they fit together: what is rare
+is as frequent as in the test set. The less they are changed, the better they suit other networks.
 
 What is changed are an image's waves (its Fourier transform), in units of the power that each has in the test set: so
 a step changes coarse and fine structure, grey and colours, as much as photographs differ in them, and no network is
@@ -87,7 +87,8 @@ class Goal:
     means, variances, floor, weights: (channels,), of all layers one after the other.
     """
 
-    def __init__(self, model: nn.Module, preprocessing: Preprocessing, result: Result) -> None:
+    def __init__(self, model: nn.Module, preprocessing: Preprocessing, result: Result, weight: float = 1.0) -> None:
+        """weight: of this network's distance, beside the other networks'."""
         device = next(model.parameters()).device
         self.normalise = preprocessing
         moments = [layer.moments for layer in result.layers]
@@ -95,7 +96,7 @@ class Goal:
         self.means = torch.cat([m.mean.to(device, torch.float32) for m in moments])
         self.variances = torch.cat(variances)
         self.floor = torch.cat([FLOOR * v.mean().expand(len(v)) for v in variances])
-        self.weights = torch.cat([torch.full_like(v, 1 / (len(v) * len(variances))) for v in variances])
+        self.weights = torch.cat([torch.full_like(v, weight / (len(v) * len(variances))) for v in variances])
         self.responses: list[Tensor] = []  # of the forward pass that runs
         self.model = fused(model, [(layer.name, layer.norm) for layer in result.layers], self.responses)
         self.known: dict[int, list[Tensor]] = {}  # sums over each part of the images, when it was last seen

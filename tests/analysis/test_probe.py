@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 
 from analysis import synthesis
-from analysis.probe import main, nearest
+from analysis.probe import SHIPPED, main, nearest
+from analysis.synthesis import Goal
 from models import build, checkpoints, cifar10, probe
 from models.files import sha256
 from models.preprocess import PRESETS
@@ -50,6 +51,18 @@ def test_the_command(words, tmp_path, capsys):
     assert data.card["versions"]["torch"] == torch.__version__
     assert {key: data.card[key] for key in ("count", "rounds", "seed")} == {"count": 70, "rounds": 2, "seed": 0}
     assert "the nearest of CIFAR-10's 80 images is " in printed  # a folder without splits is taken for both
+
+
+def test_a_shipped_network_has_more_weight(words, tmp_path, monkeypatch):
+    weights = []
+
+    def goal(*args):
+        weights.append(args[-1])
+        return Goal(*args)
+
+    monkeypatch.setattr(synthesis, "Goal", goal)
+    assert run("mine=resnet-20", *words, "--out", tmp_path / "out") == 0
+    assert weights == [SHIPPED, 1]
 
 
 def test_the_errors_are_those_that_responses_gives(words, images, tmp_path):  # noqa: F811

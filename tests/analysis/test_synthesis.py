@@ -81,6 +81,8 @@ def test_the_distance_by_hand(network, result):
     wide[-1] *= 4
     expected = np.log(4) ** 2 / (layers * len(result.layers[-1].moments.mean))
     assert goal.distance(goal.means, wide + goal.means**2).item() == pytest.approx(expected, rel=1e-2)
+    heavier = Goal(network, NORMALISE, result, weight=3.0)
+    assert heavier.distance(goal.means, wide + goal.means**2).item() == pytest.approx(3 * expected, rel=1e-2)
 
 
 def test_a_dead_channel_is_no_infinity(network, result):
@@ -131,6 +133,16 @@ def test_one_try_along_the_slope_is_enough(network, result, photographs, monkeyp
     monkeypatch.setattr(synthesis, "EXCHANGES", 200)
     others = np.random.default_rng(1).integers(0, 256, (60, 32, 32, 3), dtype=np.uint8)
     chosen = choose([Goal(network, NORMALISE, result)], np.concatenate([others, photographs]), 40, seed=0)
+    assert (chosen >= 60).mean() > 0.9
+
+
+@pytest.mark.parametrize("among", [2, 30])
+def test_those_that_fit_are_found_among_a_few_at_a_time(network, result, photographs, monkeypatch, among):
+    """Also where some of these few, or all, are chosen already."""
+    monkeypatch.setattr(synthesis, "AMONG", among)
+    others = np.random.default_rng(1).integers(0, 256, (60, 32, 32, 3), dtype=np.uint8)
+    chosen = choose([Goal(network, NORMALISE, result)], np.concatenate([others, photographs]), 40, seed=0)
+    assert len(set(chosen.tolist())) == 40
     assert (chosen >= 60).mean() > 0.9
 
 
