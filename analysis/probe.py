@@ -4,10 +4,11 @@
     python -m analysis.probe resnet-20 other=checkpoint.pth --held-out third.pth --data path/to/cifar10
 
 takes shipped networks by name and checkpoints (default: all that are shipped), measures them on the test set, and makes
-images by optimisation (analysis/synthesis.py). It says how far from the test set's the layers' std on these images are,
-also for networks that had no part in it (--held-out), beside the closed form. It writes probe.safetensors (the images
-with a card), probe.csv (the errors) and probe.png/.pdf (the images of CIFAR-10 that are nearest to any of them) into
---out. The same command goes on where it was interrupted. What is shipped is models/probe.safetensors.
+images by optimisation (analysis/synthesis.py), in which a shipped one has more weight. It says how far from the test
+set's the layers' std on these images are, also for networks that had no part in it (--held-out), beside the closed
+form. It writes probe.safetensors (the images with a card), probe.csv (the errors) and probe.png/.pdf (the images of
+CIFAR-10 that are nearest to any of them) into --out. The same command goes on where it was interrupted. What is shipped
+is models/probe.safetensors.
 """
 
 from __future__ import annotations

@@ -157,7 +157,7 @@ def choose(goals: list[Goal], images: np.ndarray, count: int, seed: int) -> np.n
     for _ in range(EXCHANGES if len(images) > count else 0):
         place = random.integers(count)
         left = [total - values[:, chosen[place]] for total, values in zip(sums, features, strict=True)]
-        first = int(random.integers(1 - AMONG, len(images)))
+        first = int(random.integers(1 - AMONG, len(images)))  # every image is among as many
         some = slice(max(0, first), first + AMONG)
         gain = torch.where(free[some], 0.0, -math.inf)
         for goal, total, values in zip(goals, left, features, strict=True):

@@ -49,13 +49,16 @@ def test_images_have_edges_and_flat_parts():
     assert np.mean(steps**4) / np.mean(steps**2) ** 2 > 5  # 3 for Gaussian noise
 
 
-def test_one_leaf_may_lie_behind_the_others_as_a_sky(monkeypatch):
-    """What no leaf in front covers then has the colour of one leaf, with a slope of brightness."""
+def test_one_leaf_may_lie_behind_those_in_front_as_a_sky(monkeypatch):
+    """What those in front do not cover then has its colour."""
     two = np.array([[10, 20, 30], [240, 230, 220]], np.uint8)
     photograph = two[np.random.default_rng(0).integers(2, size=(1, 32, 32))]
     monkeypatch.setattr(leaves, "OPEN", 1)
-    monkeypatch.setattr(leaves, "IN_FRONT", 0)
     monkeypatch.setattr(leaves, "SHADE", 0)
+    corners = dead_leaves(photograph, 8, seed=0)[:, ::31, ::31]  # too far out for those in front
+    assert np.allclose(corners, corners[:, :1, :1], atol=1e-6)
+    assert dead_leaves(photograph, 8, seed=0).std((1, 2)).max() > 0.1
+    monkeypatch.setattr(leaves, "IN_FRONT", 0)
     skies = dead_leaves(photograph, 8, seed=0)
     assert np.allclose(skies, skies[:, :1, :1], atol=1e-6)
     monkeypatch.setattr(leaves, "OPEN", 0)
