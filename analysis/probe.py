@@ -6,9 +6,9 @@
 takes shipped networks by name and checkpoints (default: all that are shipped), measures them on the test set, and makes
 images by optimisation (analysis/synthesis.py), in which a shipped one has more weight. It says how far from the test
 set's the layers' std on these images are, also for networks that had no part in it (--held-out), beside the closed
-form. It writes probe.safetensors (the images with a card), probe.csv (the errors) and probe.png/.pdf (the images of
+form. It writes probe.webp (the images with a card), probe.csv (the errors) and probe.png/.pdf (the images of
 CIFAR-10 that are nearest to any of them) into --out. The same command goes on where it was interrupted. What is shipped
-is models/probe.safetensors.
+is models/probe.webp.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     results = run_on(args, plan.networks, plan.data)
     frames = [result.to_frame(network.label) for result, network in zip(results, plan.networks, strict=True)]
     images = make(args, plan, results[: len(made_with)])
-    probe = Probe(images, None, {}, args.out / "probe.safetensors")
+    probe = Probe(images, None, {}, args.out / "probe.webp")
     again = [result.to_frame("") for result in run_on(args, plan.networks, probe)]
     formulas = [compute(network) for network in plan.networks]
     rows = []
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
         rows.append({"network": network.label, "made_with": number < len(made_with), **errors(*three)})
     table = pd.DataFrame(rows)
     figure, distances = compare_pixels(images, args.data)
-    files = {"probe.safetensors": as_bytes(images, describe(args, plan, rows)), "probe.csv": as_csv(table)}
+    files = {"probe.webp": as_bytes(images, describe(args, plan, rows)), "probe.csv": as_csv(table)}
     written = write_files(args.out, files | as_images("probe", figure, ["png", "pdf"]))
     (args.out / STATE).unlink()
     print_table(table)

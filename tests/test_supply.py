@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import ROOT
 
 PACKAGES = ("analysis", "models", "plots")
-SHIPPED = {".py", ".csv", ".safetensors", ".html"}  # the pictures there are the README's
+SHIPPED = {".py", ".csv", ".safetensors", ".webp", ".html"}  # the pictures there are the README's
 RUN = """
 import runpy, sys
 try:

@@ -37,8 +37,8 @@ def test_the_command(words, tmp_path, capsys):
     assert run(*words, "--out", tmp_path / "out") == 0
     printed = capsys.readouterr().out
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
-        "probe.csv", "probe.pdf", "probe.png", "probe.safetensors"]  # fmt: skip
-    data = probe.load(tmp_path / "out" / "probe.safetensors")
+        "probe.csv", "probe.pdf", "probe.png", "probe.webp"]  # fmt: skip
+    data = probe.load(tmp_path / "out" / "probe.webp")
     assert data.images.shape == (70, 32, 32, 3)
     assert len(np.unique(data.images.reshape(70, -1), axis=0)) == 70
     table = pd.read_csv(tmp_path / "out" / "probe.csv").set_index("network")
@@ -72,7 +72,7 @@ def test_the_errors_are_those_that_responses_gives(words, images, tmp_path):  # 
     assert run(*words, "--out", tmp_path / "out") == 0
     pictures = tmp_path / "pictures"
     pictures.mkdir()
-    data = probe.load(tmp_path / "out" / "probe.safetensors")
+    data = probe.load(tmp_path / "out" / "probe.webp")
     for i, image in enumerate(data.images):
         Image.fromarray(image).save(pictures / f"{i}.png")
     means = {}
@@ -106,7 +106,7 @@ def test_it_goes_on_where_it_was_interrupted(words, tmp_path, capsys, monkeypatc
     assert "state.pt: images in the making with other seed; name another --out" in capsys.readouterr().err
     assert run(*words, "--out", tmp_path / "parts") == 0
     assert "state.pt: going on after step 2 of 4" in capsys.readouterr().out
-    whole, parts = (probe.load(tmp_path / name / "probe.safetensors") for name in ("whole", "parts"))
+    whole, parts = (probe.load(tmp_path / name / "probe.webp") for name in ("whole", "parts"))
     assert np.array_equal(whole.images, parts.images)
     assert whole.card == parts.card
     assert not (tmp_path / "parts" / "state.pt").exists()
