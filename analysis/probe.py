@@ -110,12 +110,12 @@ def make(args: argparse.Namespace, plan: Plan, results: list[Result]) -> np.ndar
     assert isinstance(plan.data, Cifar10)  # see run
     networks = plan.networks[: len(results)]
     shipped = {sha256(zoo.find(name)) for name in zoo.shipped()}
+    weights = [SHIPPED if network.checkpoint.digest in shipped else 1.0 for network in networks]
     goals = []
-    for network, result in zip(networks, results, strict=True):
+    for network, result, weight in zip(networks, results, weights, strict=True):
         assert network.checkpoint.preprocessing is not None  # recognised at the latest, as there are images
-        weight = SHIPPED if network.checkpoint.digest in shipped else 1.0
         goals.append(Goal(network.model, network.checkpoint.preprocessing, result, weight))
-    asked = {"networks": [network.checkpoint.digest for network in networks],
+    asked = {"networks": [network.checkpoint.digest for network in networks], "weights": weights,
              "count": args.count, "rounds": args.rounds, "seed": args.seed}  # fmt: skip
     spectrum, path = Spectrum(plan.data.images), args.out / STATE
     state = read_state(path, asked) or {"waves": first_waves(args, plan.data.images, spectrum)}
@@ -164,7 +164,7 @@ def read_state(path: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         kept = torch.load(path, weights_only=True)
-        other = [name for name, value in asked.items() if kept["asked"][name] != value]
+        other = [name for name, value in asked.items() if kept["asked"].get(name) != value]
         state: dict[str, Any] = kept["state"]
     except Exception as error:  # torch.load raises anything
         raise ValueError(f"{path}: damaged; move it away, and the images are made from the beginning") from error

@@ -104,6 +104,11 @@ def test_it_goes_on_where_it_was_interrupted(words, tmp_path, capsys, monkeypatc
     capsys.readouterr()
     assert run(*words, "--seed", 1, "--out", tmp_path / "parts") == 2
     assert "state.pt: images in the making with other seed; name another --out" in capsys.readouterr().err
+    with monkeypatch.context() as patch:  # it has more weight once it is shipped
+        patch.setattr("models.zoo.shipped", lambda: ["resnet-8"])
+        patch.setattr("models.zoo.find", lambda name: tmp_path / f"{name}.safetensors")
+        assert run(*words, "--out", tmp_path / "parts") == 2
+        assert "state.pt: images in the making with other weights; name another --out" in capsys.readouterr().err
     assert run(*words, "--out", tmp_path / "parts") == 0
     assert "state.pt: going on after step 2 of 4" in capsys.readouterr().out
     whole, parts = (probe.load(tmp_path / name / "probe.webp") for name in ("whole", "parts"))
