@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--held-out", nargs="+", default=[], metavar="[LABEL=]ITEM", help="networks to test them on")
     add("--data", type=Path, default=CIFAR10, metavar="PATH", help="CIFAR-10 (default: $CIFAR10, ./data, cache "
         "folder, download)")  # fmt: skip
-    add("--count", type=positive, default=480, metavar="N", help="images to make (default: %(default)s)")
+    add("--count", type=positive, default=900, metavar="N", help="images to make (default: %(default)s)")
     add("--rounds", type=positive, default=12, metavar="N", help="times that every network sees all images (default: "
         "%(default)s)")  # fmt: skip
     add("--seed", type=int, default=0, metavar="N", help="of the images to set out from (default: %(default)s)")

@@ -2,12 +2,12 @@
 
     spectrum = Spectrum(test_images)
     goals = [Goal(network, preprocessing, result), ...]  # result: of measuring the network on the test set
-    waves = spectrum.waves(dead_leaves(test_images, count=2880, seed=0))
-    synthesis = Synthesis(goals, spectrum, waves[:480], rounds=12, seed=0)
+    waves = spectrum.waves(dead_leaves(test_images, count=5400, seed=0))
+    synthesis = Synthesis(goals, spectrum, waves[:900], rounds=12, seed=0)
     for loss in synthesis.go_on():  # one step a time: one network, one part of the images
         ...
-    many = np.concatenate([spectrum.pixels(waves), spectrum.pixels(synthesis.waves)])  # (3360, 32, 32, 3) uint8
-    images = many[choose(goals, many, count=480, seed=0)]
+    many = np.concatenate([spectrum.pixels(waves), spectrum.pixels(synthesis.waves)])  # (6300, 32, 32, 3) uint8
+    images = many[choose(goals, many, count=900, seed=0)]
 
 For every channel of every layer the mean m and variance v over the images are compared with those over the test set,
 m0 and v0: the loss is the mean over layers of mean_c((m - m0)^2 / v0 + log(v / v0)^2), of one network at a time, times
@@ -26,7 +26,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ PART = 64  # images in a step
 LEARNING_RATE = 0.02  # of Adam, at first, in units of a wave's power in the test set; falls to 0 along a cosine
 OUTSIDE = 100.0  # weight of the mean square of what is blacker than black or whiter than white
 FLOOR = 1e-4  # of a layer's mean variance, added to every variance: a dead channel has none
-EXCHANGES = 6000  # how often one chosen image may be exchanged for another
+EXCHANGES = 20  # how often each chosen image may be exchanged for another
 AMONG, TRIED = 420, 16  # of how many that one is sought, and how many of these are tried
 
 
@@ -81,11 +81,23 @@ def roots(waves: Tensor) -> Tensor:
     return torch.linalg.cholesky(covariance + 1e-9 * torch.eye(3))  # type: ignore[no-any-return]
 
 
-class Goal:
-    """A network, and the statistics of its responses to the test set that other images shall have.
+class Statistics(NamedTuple):
+    """Those of the responses that images shall have: (channels,), of all layers one after the other."""
 
-    means, variances, floor, weights: (channels,), of all layers one after the other.
-    """
+    means: Tensor
+    variances: Tensor
+    floor: Tensor
+    weights: Tensor
+
+    def distance(self, means: Tensor, squares: Tensor) -> Tensor:
+        """How far off images are over which channels have these means, and of squares: (..., channels)."""
+        wanted = self.variances + self.floor
+        ratio = ((squares - means.square()).clamp_min(0) + self.floor) / wanted
+        return (self.weights * ((means - self.means).square() / wanted + ratio.log().square())).sum(-1)
+
+
+class Goal:
+    """A network, and the statistics of its responses to the test set."""
 
     def __init__(self, model: nn.Module, preprocessing: Preprocessing, result: Result, weight: float = 1.0) -> None:
         """weight: of this network's distance, beside the other networks'."""
@@ -93,10 +105,12 @@ class Goal:
         self.normalise = preprocessing
         moments = [layer.moments for layer in result.layers]
         variances = [(m.m2 / m.count).to(device, torch.float32) for m in moments]
-        self.means = torch.cat([m.mean.to(device, torch.float32) for m in moments])
-        self.variances = torch.cat(variances)
-        self.floor = torch.cat([FLOOR * v.mean().expand(len(v)) for v in variances])
-        self.weights = torch.cat([torch.full_like(v, weight / (len(v) * len(variances))) for v in variances])
+        self.statistics = Statistics(
+            torch.cat([m.mean.to(device, torch.float32) for m in moments]),
+            torch.cat(variances),
+            torch.cat([FLOOR * v.mean().expand(len(v)) for v in variances]),
+            torch.cat([torch.full_like(v, weight / (len(v) * len(variances))) for v in variances]),
+        )
         self.responses: list[Tensor] = []  # of the forward pass that runs
         self.model = fused(model, [(layer.name, layer.norm) for layer in result.layers], self.responses)
         self.known: dict[int, list[Tensor]] = {}  # sums over each part of the images, when it was last seen
@@ -109,12 +123,6 @@ class Goal:
         squares = [x.square().mean((2, 3)) for x in self.responses]
         return torch.cat(means, 1), torch.cat(squares, 1)
 
-    def distance(self, means: Tensor, squares: Tensor) -> Tensor:
-        """How far from the goal images are over which channels have these means, and of squares: (..., channels)."""
-        goal = self.variances + self.floor
-        ratio = ((squares - means.square()).clamp_min(0) + self.floor) / goal
-        return (self.weights * ((means - self.means).square() / goal + ratio.log().square())).sum(-1)
-
     def loss(self, part: int, images: Tensor, count: int) -> Tensor:
         """How far `count` images are from the goal, of which one part is given: (n, 3, H, W), 1 for white."""
         sums = [values.sum(0) for values in self.respond(images)]
@@ -123,7 +131,7 @@ class Goal:
             if other != part:
                 sums = [ours + theirs for ours, theirs in zip(sums, known, strict=True)]
         means, squares = sums
-        return self.distance(means / count, squares / count)
+        return self.statistics.distance(means / count, squares / count)
 
 
 def fused(model: nn.Module, pairs: list[tuple[str, str]], responses: list[Tensor]) -> nn.Module:
@@ -144,33 +152,33 @@ def choose(goals: list[Goal], images: np.ndarray, count: int, seed: int) -> np.n
     Returns their numbers, (count,). One of those that are chosen is taken away; of some others, those are tried along
     which the distance would fall most steeply; and the best takes its place where that brings all nearer.
     """
-    device = goals[0].means.device
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    seen = [[goal.respond(part.to(device)) for part in torch.split(x, PART)] for goal in goals]
-    features = [torch.stack([torch.cat(values) for values in zip(*parts, strict=True)]) for parts in seen]  # (2, N, C)
+    wanted = Statistics(*(torch.cat(values) for values in zip(*(goal.statistics for goal in goals), strict=True)))
+    device = wanted.means.device
+    parts = [part.to(device) for part in torch.split(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, PART)]
+    seen = [torch.cat([torch.stack(goal.respond(part)) for part in parts], 1) for goal in goals]  # (2, N, channels)
+    features = torch.cat(seen, 2)
+    del seen
     random = np.random.default_rng(seed)
     chosen = torch.from_numpy(random.permutation(len(images))[:count]).to(device)
     free = torch.ones(len(images), dtype=torch.bool, device=device)
     free[chosen] = False
-    sums = [values[:, chosen].sum(1) for values in features]  # (2, C)
+    sums = features[:, chosen].sum(1)  # (2, channels)
     nearest = math.inf
-    for _ in range(EXCHANGES if len(images) > count else 0):
+    for _ in range(EXCHANGES * count if len(images) > count else 0):
         place = random.integers(count)
-        left = [total - values[:, chosen[place]] for total, values in zip(sums, features, strict=True)]
+        left = sums - features[:, chosen[place]]
         first = int(random.integers(1 - AMONG, len(images)))  # every image is among as many
         some = slice(max(0, first), first + AMONG)
-        gain = torch.where(free[some], 0.0, -math.inf)
-        for goal, total, values in zip(goals, left, features, strict=True):
-            slopes = torch.func.grad(lambda x, goal=goal: goal.distance(*x))(total / count)  # (2, C)
-            gain -= values[0, some] @ slopes[0] + values[1, some] @ slopes[1]
+        slopes = torch.func.grad(lambda means_squares: wanted.distance(*means_squares))(left / count)
+        gain = torch.where(free[some], 0.0, -math.inf) - (features[:, some] @ slopes[:, :, None]).sum((0, 2))
         tried = some.start + gain.topk(min(TRIED, int(free[some].sum()))).indices
         if not len(tried):
             continue
-        new = [total[:, None] + values[:, tried] for total, values in zip(left, features, strict=True)]
-        distances = torch.stack([goal.distance(*(x / count)) for goal, x in zip(goals, new, strict=True)]).sum(0)
+        new = left[:, None] + features[:, tried]
+        distances = wanted.distance(*(new / count))
         best = int(distances.argmin())
         if distances[best] < nearest:
-            nearest, sums = float(distances[best]), [x[:, best] for x in new]
+            nearest, sums = float(distances[best]), new[:, best]
             free[chosen[place]], free[tried[best]] = True, False
             chosen[place] = tried[best]
     return chosen.cpu().numpy()
@@ -181,7 +189,7 @@ class Synthesis:
 
     def __init__(self, goals: list[Goal], spectrum: Spectrum, waves: Tensor, rounds: int, seed: int) -> None:
         """waves: of the images to set out from, (n, 3, H, W // 2 + 1, 2), see `Spectrum`."""
-        device = goals[0].means.device
+        device = goals[0].statistics.means.device
         self.goals, self.spectrum, self.seed = goals, spectrum, seed
         self.parts = [part.clone().to(device).requires_grad_() for part in torch.split(waves, PART)]
         self.optimizer = torch.optim.Adam(self.parts, lr=LEARNING_RATE, betas=(0.9, 0.99))

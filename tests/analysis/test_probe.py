@@ -18,7 +18,7 @@ from tests.models.test_recognition import blobs, record
 def words(images, tmp_path, monkeypatch):  # noqa: F811
     """A command for two networks on a test set that is taken for the published one."""
     monkeypatch.setitem(cifar10.DIGESTS, "test", cifar10.load(images).digest)
-    monkeypatch.setattr(synthesis, "EXCHANGES", 20)
+    monkeypatch.setattr(synthesis, "EXCHANGES", 1)
     monkeypatch.setattr("analysis.probe.CANDIDATES", 2)
     for name in ("resnet-8", "plain-8"):
         network = record(build(name), PRESETS["imagenet"](blobs(40, seed=0)))

@@ -21,29 +21,35 @@ def photographs():
     return (255 * smooth).byte().permute(0, 2, 3, 1).numpy()
 
 
-@pytest.fixture
-def network(photographs):
-    """A small one whose BN statistics are those of other images."""
+def small(name, images):
+    """A network whose BN statistics are those of images."""
     torch.manual_seed(1)
-    model = build("resnet-8")
+    model = build(name)
     with torch.no_grad():
         for _ in range(20):
-            model.train()(NORMALISE(photographs))
+            model.train()(NORMALISE(images))
     return model.eval()
+
+
+def measure(network, images):
+    with measuring(network) as measurement:
+        measurement.add(NORMALISE(images))
+    return measurement.result()
+
+
+@pytest.fixture
+def network(photographs):
+    return small("resnet-8", photographs)
 
 
 @pytest.fixture
 def result(network, photographs):
-    with measuring(network) as measurement:
-        measurement.add(NORMALISE(photographs))
-    return measurement.result()
+    return measure(network, photographs)
 
 
 def misfit(network, result, images):
     """The mean relative difference of std on images (n, 32, 32, 3), uint8."""
-    with measuring(network) as measurement:
-        measurement.add(NORMALISE(images))
-    pairs = zip(measurement.result().layers, result.layers, strict=True)
+    pairs = zip(measure(network, images).layers, result.layers, strict=True)
     return np.mean([abs(ours.moments.std / goal.moments.std - 1) for ours, goal in pairs])
 
 
@@ -69,7 +75,7 @@ def test_images_of_their_own_waves(photographs):
 
 
 def test_the_distance_by_hand(network, result):
-    goal = Goal(network, NORMALISE, result)
+    goal = Goal(network, NORMALISE, result).statistics
     squares = goal.variances + goal.means**2
     assert goal.distance(goal.means, squares).item() == pytest.approx(0, abs=1e-8)
     layers, channels = len(result.layers), len(result.layers[0].moments.mean)
@@ -81,12 +87,12 @@ def test_the_distance_by_hand(network, result):
     wide[-1] *= 4
     expected = np.log(4) ** 2 / (layers * len(result.layers[-1].moments.mean))
     assert goal.distance(goal.means, wide + goal.means**2).item() == pytest.approx(expected, rel=1e-2)
-    heavier = Goal(network, NORMALISE, result, weight=3.0)
+    heavier = Goal(network, NORMALISE, result, weight=3.0).statistics
     assert heavier.distance(goal.means, wide + goal.means**2).item() == pytest.approx(3 * expected, rel=1e-2)
 
 
 def test_a_dead_channel_is_no_infinity(network, result):
-    goal = Goal(network, NORMALISE, result)
+    goal = Goal(network, NORMALISE, result).statistics
     goal.means[3] = goal.variances[3] = 0
     squares = goal.variances + goal.means**2
     assert goal.distance(goal.means, squares).item() == pytest.approx(0, abs=1e-8)
@@ -130,7 +136,7 @@ def test_those_are_chosen_that_fit_together(network, result, photographs):
 def test_one_try_along_the_slope_is_enough(network, result, photographs, monkeypatch):
     """With nothing but the distance's slope to go by, those that fit are found: one of 60 at random would not be."""
     monkeypatch.setattr(synthesis, "TRIED", 1)
-    monkeypatch.setattr(synthesis, "EXCHANGES", 200)
+    monkeypatch.setattr(synthesis, "EXCHANGES", 5)
     others = np.random.default_rng(1).integers(0, 256, (60, 32, 32, 3), dtype=np.uint8)
     chosen = choose([Goal(network, NORMALISE, result)], np.concatenate([others, photographs]), 40, seed=0)
     assert (chosen >= 60).mean() > 0.9
@@ -140,10 +146,23 @@ def test_one_try_along_the_slope_is_enough(network, result, photographs, monkeyp
 def test_those_that_fit_are_found_among_a_few_at_a_time(network, result, photographs, monkeypatch, among):
     """Also where some of these few, or all, are chosen already."""
     monkeypatch.setattr(synthesis, "AMONG", among)
+    monkeypatch.setattr(synthesis, "EXCHANGES", 150)
     others = np.random.default_rng(1).integers(0, 256, (60, 32, 32, 3), dtype=np.uint8)
     chosen = choose([Goal(network, NORMALISE, result)], np.concatenate([others, photographs]), 40, seed=0)
     assert len(set(chosen.tolist())) == 40
     assert (chosen >= 60).mean() > 0.9
+
+
+def test_those_chosen_fit_every_network(network, result, photographs):
+    """Of two networks that want other images, the heavier one has its way, also where it comes second."""
+    pale = 255 - photographs // 3
+    other = small("plain-14", photographs)
+    images = np.concatenate([photographs, pale])
+    first = Goal(network, NORMALISE, result)
+    for weight, share in ((0.01, 0), (100.0, 1)):
+        second = Goal(other, NORMALISE, measure(other, pale), weight)
+        chosen = choose([first, second], images, 40, seed=0)
+        assert (chosen >= len(photographs)).mean() == pytest.approx(share, abs=0.1)
 
 
 def test_the_responses_become_those_of_the_test_set(network, result, photographs):
