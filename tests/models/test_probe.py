@@ -92,7 +92,7 @@ def missing(path, images):
 
 
 def cut(path, images):
-    path.write_bytes(probe.as_bytes(images, CARD)[:-20])
+    path.write_bytes(probe.as_bytes(images, CARD)[:-1])
 
 
 def text(path, images):
