@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,15 @@ TEST_BATCH = 1_000  # images
 
 
 @dataclass
+class Stretch:
+    """Iterations that one machine trained."""
+
+    first: int
+    machine: str
+    seconds: float  # that the run had taken before
+
+
+@dataclass
 class Progress:
     """How far a run is, with what the next row of metrics.csv and the end of the warm-up are computed from."""
 
@@ -77,7 +87,7 @@ class Progress:
     wrong: int = 0  # images in them
     seconds: float = 0.0  # training and evaluating, without the time between an interruption and going on
     rows: list[dict[str, float]] = field(default_factory=list)
-    machines: list[tuple[int, str]] = field(default_factory=list)  # from which iteration on, and what it trained on
+    stretches: list[Stretch] = field(default_factory=list)
 
 
 class Training:
@@ -128,13 +138,13 @@ class Training:
 
     def advance(self, stop: Callable[[], int]) -> None:
         """Train to the last iteration, or until `stop` gives the number of a signal."""
-        recipe, progress = self.recipe, self.progress
+        recipe, progress, stretches = self.recipe, self.progress, self.progress.stretches
         snapshots = recipe.snapshot_iterations()
-        while progress.machines and progress.machines[-1][0] == progress.iteration:  # it trained nothing
-            progress.machines.pop()
-        last = progress.machines[-1][1] if progress.machines else ""
+        while stretches and stretches[-1].first == progress.iteration:  # it trained nothing
+            stretches.pop()
+        last = stretches[-1].machine if stretches else ""
         if progress.iteration < recipe.iterations and machine(recipe) != last:
-            progress.machines.append((progress.iteration, machine(recipe)))
+            stretches.append(Stretch(progress.iteration, machine(recipe), progress.seconds))
         self.save()
         with tqdm(total=recipe.iterations, initial=progress.iteration, desc=recipe.label, disable=None) as bar:
             while True:
@@ -259,8 +269,9 @@ class Training:
         try:
             state = torch.load(path, map_location=self.recipe.device, weights_only=True)
             progress, tensors, digest = Progress(**state["progress"]), state["tensors"], state["data"]
+            progress.stretches = [Stretch(**stretch) for stretch in state["progress"]["stretches"]]
         except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-            raise Fault(f"{path}: damaged; remove it to train this network from the beginning", 2) from error
+            raise Fault(f"{path}: damaged or of an older version; remove it to train from the beginning", 2) from error
         if digest != self.digest:
             raise Fault(f"{path}: begun on other images, or in another order; choose another --out", 2)
         self.progress = progress
@@ -284,6 +295,17 @@ class Training:
         path = self.folder / "snapshots" / f"iteration-{iteration:07}.safetensors"
         self.write_network(path, current_lr=lr, bn_statistics="moving averages")
 
+    def trained_on(self) -> str:
+        """The machines, each with its images/s: `NVIDIA H100, …, 11849 images/s; from iteration 44,475 on AMD …`."""
+        progress, parts = self.progress, []
+        end = Stretch(progress.iteration, "", progress.seconds)
+        for stretch, following in pairwise([*progress.stretches, end]):
+            where = f"from iteration {stretch.first:,} on " if stretch.first else ""
+            images = (following.first - stretch.first) * self.recipe.batch
+            speed = images / (following.seconds - stretch.seconds)
+            parts.append(f"{where}{stretch.machine}, {speed:.0f} images/s")
+        return "; ".join(parts)
+
     def finish(self, stop: Callable[[], int]) -> str:
         """Recompute BN's statistics, test, and write the finished network with its card. What came out, in words."""
         recipe = self.recipe
@@ -300,21 +322,20 @@ class Training:
             mean_std=round(self.mean_std(), 6),
             seconds=round(self.progress.seconds),
             images_per_s=round(self.speed()),
-            device_name="; ".join(
-                f"from iteration {first:,} on {name}" if first else name for first, name in self.progress.machines
-            ),
+            device_name=self.trained_on(),
             versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         )
         return f"test error {error:.2f} %, mean std {self.mean_std():.3f}, {self.speed():.0f} images/s"
 
 
 def machine(recipe: Recipe) -> str:
-    """The GPU, or the processor and how many threads of it torch uses, and the precision."""
+    """The GPU, or the processor and how many threads of it torch uses; the precision; and torch's version."""
+    how = f"{recipe.precision}, torch {torch.__version__}"
     if recipe.device == "cuda":
-        return f"{torch.cuda.get_device_name()}, {recipe.precision}"
+        return f"{torch.cuda.get_device_name()}, {how}"
     info = Path("/proc/cpuinfo")  # only Linux has it
     names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
-    return f"{[*names, platform.machine()][0]}, {torch.get_num_threads()} threads, {recipe.precision}"
+    return f"{[*names, platform.machine()][0]}, {torch.get_num_threads()} threads, {how}"
 
 
 def stopped(number: int, kept: str) -> Fault:

@@ -18,7 +18,7 @@ from models import cifar10, closed_form
 from models.checkpoints import load
 from models.preprocess import mean_image, per_pixel
 from models.recipe import CROP, STATISTICS, CapturedStep, Fault, Recipe, batch_indices, new_network
-from models.training import Training, run
+from models.training import Stretch, Training, run
 
 SMALL = Recipe("residual", 8, iterations=12, batch=32, snapshots=5)
 
@@ -174,8 +174,9 @@ def test_finished_network_and_its_card(finished):
     expected = {"decay": "weights", "iterations": 12, "seed": 0, "device": "cpu", "precision": "float32", "lr": 0.1}
     assert card.items() >= (expected | {"bn_statistics": "one batch of 100 augmented training images"}).items()
     assert card["versions"]["torch"] == torch.__version__
-    assert re.search(r"\d threads, float32$", card["device_name"])
     assert card["images_per_s"] > 0
+    how = f" threads, float32, torch {torch.__version__}, {card['images_per_s']} images/s"
+    assert card["device_name"].endswith(how)
     with torch.no_grad():
         logits = network.model(network.preprocessing(TEST.images))
     assert card["test_error"] == pytest.approx(100 * np.mean(logits.argmax(1).numpy() != TEST.labels), abs=0.01)
@@ -240,11 +241,21 @@ def test_a_run_may_go_on_elsewhere_and_the_card_says_so(tmp_path):
     with pytest.raises(Fault, match="stopped by SIGTERM"):
         go(tmp_path, stop=stop_after(5))
     training = Training(SMALL, TRAIN, TEST, tmp_path)
-    training.progress.machines.append((5, "another, where it trained nothing"))
+    training.progress.stretches.append(Stretch(5, "another, where it trained nothing", 0.0))
     training.save()
+    state = torch.load(tmp_path / "state.pt")
+    state["progress"]["seconds"] = 10.0
+    torch.save(state, tmp_path / "state.pt")
     go(tmp_path, replace(SMALL, precision="bfloat16"))
     card = load(tmp_path / "resnet-8.safetensors").card["training"]
-    assert re.fullmatch(r"[^;]+ threads, float32; from iteration 5 on [^;]+ threads, bfloat16", card["device_name"])
+    torch_here = f"torch {re.escape(torch.__version__)}"
+    first = rf"[^;]+ threads, float32, {torch_here}, (\d+) images/s"
+    then = rf"from iteration 5 on [^;]+ threads, bfloat16, {torch_here}, (\d+) images/s"
+    speeds = re.fullmatch(f"{first}; {then}", card["device_name"])
+    assert speeds
+    assert int(speeds[1]) == round(5 * SMALL.batch / 10)
+    seconds = torch.load(tmp_path / "state.pt")["progress"]["seconds"]
+    assert int(speeds[2]) == round(7 * SMALL.batch / (seconds - 10))
     assert card["precision"] == "bfloat16"
 
 
@@ -392,9 +403,19 @@ def test_damaged_files_are_named(tmp_path, name):
         go(tmp_path, stop=stop_after(1))
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(Fault, match=rf"{name}: damaged; ") as caught:
+    with pytest.raises(Fault, match=rf"{name}: damaged[^;]*; ") as caught:
         go(tmp_path)
     assert caught.value.status == 2
+
+
+def test_a_state_of_an_older_version(tmp_path):
+    with pytest.raises(Fault):
+        go(tmp_path, stop=stop_after(1))
+    state = torch.load(tmp_path / "state.pt")
+    state["progress"]["machines"] = state["progress"].pop("stretches")
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(Fault, match=r"state\.pt: .* of an older version; remove it"):
+        go(tmp_path)
 
 
 def test_two_trainers_on_one_folder(tmp_path):
