@@ -6,15 +6,18 @@
 takes shipped networks by name and checkpoints (default: all that are shipped), measures them on the test set, and makes
 images by optimisation (analysis/synthesis.py), in which a shipped one has more weight. It says how far from the test
 set's the layers' std on these images are, also for networks that had no part in it (--held-out), beside the closed
-form. It writes probe.webp (the images with a card), probe.csv (the errors) and probe.png/.pdf (the images of
-CIFAR-10 that are nearest to any of them) into --out. The same command goes on where it was interrupted. What is shipped
-is models/probe.webp.
+form and as many images of the test set itself. It writes probe.webp (the images with a card), probe.csv (the errors)
+and probe.png/.pdf (the images of CIFAR-10 that are nearest to any of them) into --out. The same command goes on where
+it was interrupted. What is shipped is models/probe.webp.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +33,7 @@ if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help 
     from analysis.hooks import Result
     from analysis.inputs import Plan
     from analysis.synthesis import Spectrum
+    from models.cifar10 import Cifar10
 
 STATE = "state.pt"  # in --out, while the images are made
 FIXED = {"source": ["hooks"], "split": "test", "images": None, "normalize": "auto", "model": None, "ema": False,
@@ -37,6 +41,13 @@ FIXED = {"source": ["hooks"], "split": "test", "images": None, "normalize": "aut
 SHIPPED = 3.0  # weight of a network that is shipped, for which the set is used most; of another: 1
 CANDIDATES = 6  # dead leaves for each image: the first ones are changed, and all are chosen from
 SHOWN = 10  # pairs of nearest neighbours
+COLUMNS = {
+    "mean": "probe: mean %", "largest": "probe: largest %", "r": "probe: r",
+    "closed_form_mean": "closed form: mean %", "closed_form_largest": "closed form: largest %",
+    "closed_form_r": "closed form: r",
+    "real_mean": "real: mean %", "real_worst_mean": "real: worst %",
+    "real_r": "real: r", "real_worst_r": "real: worst r",
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure, make, print and write. Raises ValueError or OSError, with what to do, for bad input."""
     import pandas as pd
 
+    from analysis.hooks import Result
     from analysis.inputs import prepare
     from analysis.sources import compute, run_on
     from models import zoo
@@ -78,21 +90,24 @@ def run(args: argparse.Namespace) -> None:
     plan = prepare(args, made_with + [find_network(item) for item in args.held_out])
     if not isinstance(plan.data, Cifar10) or not plan.data.exact:
         raise ValueError(f"--data {args.data}: not CIFAR-10's test set, complete and exact, which the images stand for")
-    results = run_on(args, plan.networks, plan.data)
-    frames = [result.to_frame(network.label) for result, network in zip(results, plan.networks, strict=True)]
+    by_part = [run_on(args, plan.networks, part) for part in parts_of(plan.data, args.count, args.seed)]
+    by_network = list(zip(*by_part, strict=True))
+    results = [reduce(Result.merge, parts) for parts in by_network]
     images = make(args, plan, results[: len(made_with)])
     probe = Probe(images, None, {}, args.out / "probe.webp")
-    again = [result.to_frame("") for result in run_on(args, plan.networks, probe)]
+    again = run_on(args, plan.networks, probe)
     formulas = [compute(network) for network in plan.networks]
     rows = []
-    for number, (network, *three) in enumerate(zip(plan.networks, frames, again, formulas, strict=True)):
-        rows.append({"network": network.label, "made_with": number < len(made_with), **errors(*three)})
+    for number, (network, *measured) in enumerate(
+        zip(plan.networks, results, again, formulas, by_network, strict=True)
+    ):
+        rows.append({"network": network.label, "made_with": number < len(made_with), **errors(*measured)})
     table = pd.DataFrame(rows)
     figure, distances = compare_pixels(images, args.data)
     files = {"probe.webp": as_bytes(images, describe(args, plan, rows)), "probe.csv": as_csv(table)}
     written = write_files(args.out, files | as_images("probe", figure, ["png", "pdf"]))
     (args.out / STATE).unlink()
-    print_table(table)
+    print_table(table, by_network[0])
     print(distances)
     print(written)
 
@@ -173,16 +188,39 @@ def read_state(path: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     return state
 
 
-def errors(test: pd.DataFrame, probe: pd.DataFrame, formula: pd.DataFrame) -> dict[str, float]:
-    """How far from the stds on the test set those on the images are, and those of the closed form, relatively."""
+def parts_of(test: Cifar10, count: int, seed: int) -> list[Cifar10]:
+    """The test set, without labels, in random parts: of at least `count` images each, but two parts at least."""
     import numpy as np
 
-    result = {}
-    for name, frame in (("", probe), ("closed_form_", formula)):
-        relative = (frame["std"] / test["std"] - 1).abs()
-        result[f"{name}mean"], result[f"{name}largest"] = float(relative.mean()), float(relative.max())
-        result[f"{name}r"] = float(np.corrcoef(frame["std"], test["std"])[0, 1])
-    return result
+    order = np.random.default_rng(seed).permutation(len(test))
+    pieces = np.array_split(order, max(2, len(test) // count))
+    return [replace(test, images=test.images[piece], labels=None) for piece in pieces]
+
+
+def errors(test: Result, probe: Result, formula: pd.DataFrame, parts: Sequence[Result]) -> dict[str, float]:
+    """How far from the layers' std on the test set those on the images are, and those of the closed form, relatively.
+
+    Beside them those on the parts, the median and the worst: so far off are as many images of the test set itself.
+    """
+    import numpy as np
+
+    truth = test.to_frame("")["std"].to_numpy()
+
+    def apart(frame: pd.DataFrame) -> dict[str, float]:
+        std = frame["std"].to_numpy()
+        relative = np.abs(std / truth - 1)
+        r = np.corrcoef(std, truth)[0, 1]
+        return {"mean": float(relative.mean()), "largest": float(relative.max()), "r": float(r)}
+
+    ours, closed, *real = map(apart, [probe.to_frame(""), formula, *(part.to_frame("") for part in parts)])
+    means, rs = [part["mean"] for part in real], [part["r"] for part in real]
+    found = {
+        **ours,
+        **{f"closed_form_{name}": value for name, value in closed.items()},
+        **{"real_mean": float(np.median(means)), "real_worst_mean": max(means)},
+        **{"real_r": float(np.median(rs)), "real_worst_r": min(rs)},
+    }
+    return {name: round(value, 6) for name, value in found.items()}
 
 
 def describe(args: argparse.Namespace, plan: Plan, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -248,16 +286,18 @@ def compare_pixels(images: np.ndarray, path: Path) -> tuple[Figure, str]:
     )
 
 
-def print_table(table: pd.DataFrame) -> None:
-    """One line a network: how far from the test set's its stds are on the images, and by the closed form."""
+def print_table(table: pd.DataFrame, parts: Sequence[Result]) -> None:
+    """One line a network: how far from the test set's its stds are on the images, and what to hold that against."""
     import pandas as pd
 
     shown = pd.DataFrame({"network": table["network"], "made with": table["made_with"].map({True: "yes", False: "no"})})
-    for prefix, name in (("", "probe"), ("closed_form_", "closed form")):
-        for column in ("mean", "largest"):
-            shown[f"{name}: {column} %"] = (100 * table[prefix + column]).map("{:.1f}".format)
-        shown[f"{name}: r"] = table[f"{prefix}r"].map("{:.3f}".format)
-    print("\nRelative differences of the layers' std to the test set's:\n" + shown.to_string(index=False))
+    for column, name in COLUMNS.items():
+        values = table[column] * 100 if name.endswith("%") else table[column]
+        shown[name] = values.map(("{:.1f}" if name.endswith("%") else "{:.3f}").format)
+    real = f"of its {len(parts)} parts of up to {parts[0].images} images, the median and the worst"
+    print(
+        f"\nRelative differences of the layers' std to the test set's (real: {real}):\n{shown.to_string(index=False)}"
+    )
 
 
 if __name__ == "__main__":

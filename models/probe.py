@@ -35,7 +35,8 @@ class Probe(Images):
 
     card: how it was made (count, rounds, seed, versions), and under `networks` for each network, by its label: sha256,
     iterations, whether the set was made with it (made_with), and the relative differences of the layers' std from those
-    on the test set (mean, largest, r; the same for the closed form, closed_form_mean and so on).
+    on the test set (mean, largest, r; the same for the closed form, closed_form_mean and so on; real_mean,
+    real_worst_mean, real_r and real_worst_r: on parts of the test set of as many images, the median and the worst).
     """
 
     card: dict[str, Any]

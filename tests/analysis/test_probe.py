@@ -4,8 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from analysis import synthesis
-from analysis.probe import SHIPPED, main, nearest
+from analysis import measure, synthesis
+from analysis.probe import SHIPPED, main, nearest, parts_of
 from analysis.synthesis import Goal
 from models import build, checkpoints, cifar10, probe
 from models.files import sha256
@@ -85,6 +85,38 @@ def test_the_errors_are_those_that_responses_gives(words, images, tmp_path):  # 
     assert entry["mean"] == pytest.approx(relative.mean(), rel=1e-3)
     assert entry["largest"] == pytest.approx(relative.max(), rel=1e-3)
     assert entry["r"] == pytest.approx(np.corrcoef(means["probe"], means["test"])[0, 1], rel=1e-3)
+
+
+def test_beside_them_stand_those_of_as_many_real_images(words, images, tmp_path):  # noqa: F811
+    words = [20 if word == 70 else word for word in words]  # two parts of 20 images
+    assert run(*words, "--out", tmp_path / "out") == 0
+    entry = probe.load(tmp_path / "out" / "probe.webp").card["networks"]["other"]
+    network, test = checkpoints.load(tmp_path / "plain-8.safetensors").model, cifar10.load(images)
+
+    def stds(images):
+        return measure(network, [PRESETS["imagenet"](images)])["std"].to_numpy()
+
+    parts = [stds(part.images) for part in parts_of(test, 20, seed=0)]
+    apart = [np.abs(part / stds(test.images) - 1).mean() for part in parts]
+    rs = [np.corrcoef(part, stds(test.images))[0, 1] for part in parts]
+    assert max(apart) > 0.01
+    expected = {
+        "real_mean": np.mean(apart),
+        "real_worst_mean": max(apart),
+        "real_r": np.mean(rs),
+        "real_worst_r": min(rs),
+    }
+    assert {name: entry[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(9, [10, 10, 10, 10]), (11, [14, 13, 13]), (70, [20, 20])])
+def test_parts_are_all_of_the_test_set(count, sizes, images):  # noqa: F811
+    """Not in the order of the files, which may be that of the classes."""
+    test = cifar10.load(images)
+    parts = parts_of(test, count, seed=0)
+    assert [len(part) for part in parts] == sizes
+    assert cifar10.digest(np.concatenate([part.images for part in parts]), None) == cifar10.digest(test.images, None)
+    assert not np.array_equal(parts[0].images, test.images[: sizes[0]])
 
 
 def test_it_goes_on_where_it_was_interrupted(words, tmp_path, capsys, monkeypatch):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from analysis.probe import COLUMNS
 from models import probe, zoo
 from models.files import sha256
 from tests.test_project import README
@@ -58,23 +59,24 @@ def test_the_shipped_one():
         assert networks[name]["mean"] < networks[name]["closed_form_mean"]
     others = {name: network for name, network in networks.items() if not network["made_with"]}
     assert len(others) >= 6
-    assert max(network["mean"] for network in others.values()) <= 0.05
-    assert min(network["r"] for network in others.values()) >= 0.90
-    low = {name for name, network in others.items() if network["r"] < 0.97}
-    assert low == {"resnet-44-1000"}  # the README says so, and what follows
-    assert {name for name, network in others.items() if network["mean"] >= network["closed_form_mean"]} == {
-        "resnet-44-1000"}  # fmt: skip
+    far = {name for name, network in others.items() if network["mean"] > 0.05 or network["r"] < 0.97}
+    assert far == {"resnet-44-1000", "resnet-44-1000-b"}  # the README says so, and what follows
+    assert {name for name, network in others.items() if network["mean"] >= network["closed_form_mean"]} == far
+    for network in (others[name] for name in far):
+        assert network["real_mean"] > 0.05 or network["real_r"] < 0.97  # nor do as many real images do better
+        assert network["mean"] < network["real_worst_mean"]
+        assert network["r"] > network["real_worst_r"]
     assert {"count", "rounds", "seed", "versions"} <= data.card.keys()
 
 
 def test_the_readme_shows_its_errors():
-    for name, network in probe.load().card["networks"].items():
-        numbers = [
-            f"{100 * network[key]:.1f}" for key in ("mean", "largest", "closed_form_mean", "closed_form_largest")
-        ]
-        numbers[2:2] = [f"{network['r']:.3f}"]
+    for label, network in probe.load().card["networks"].items():
         made_with = "yes" if network["made_with"] else "no"
-        row = f"| {name} | {made_with} | {' | '.join(numbers)} | {network['closed_form_r']:.3f} |"
+        shown = [
+            f"{100 * network[key]:.1f}" if name.endswith("%") else f"{network[key]:.3f}"
+            for key, name in COLUMNS.items()
+        ]
+        row = f"| {label} | {made_with} | {' | '.join(shown)} |"
         assert row in README
 
 
