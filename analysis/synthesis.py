@@ -170,7 +170,7 @@ def choose(goals: list[Goal], images: np.ndarray, count: int, seed: int) -> np.n
         first = int(random.integers(1 - AMONG, len(images)))  # every image is among as many
         some = slice(max(0, first), first + AMONG)
         slopes = torch.func.grad(lambda means_squares: wanted.distance(*means_squares))(left / count)
-        gain = torch.where(free[some], 0.0, -math.inf) - (features[:, some] @ slopes[:, :, None]).sum((0, 2))
+        gain = torch.where(free[some], 0.0, -math.inf) - features[0, some] @ slopes[0] - features[1, some] @ slopes[1]
         tried = some.start + gain.topk(min(TRIED, int(free[some].sum()))).indices
         if not len(tried):
             continue
