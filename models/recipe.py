@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and --help does not need it:
     Step = Callable[[Tensor, Tensor], Tensor]  # (N, 3, 32, 32), (N,) -> (2,): the loss, and how many were wrong
 
 DECAY = ("weights", "weights+gamma", "all")
-WARM_UP_DEPTH = 110  # from this depth on training starts at a tenth of the learning rate ...
+WARM_UP_DEPTH = 110  # from this depth on, or when asked to, training starts at a tenth of the learning rate ...
 WARM_UP_ERROR = 80  # ... until the training error, %, is below this ...
 WARM_UP_WINDOW = 100  # ... over so many iterations
 PERMUTATION, CROP, STATISTICS = range(3)  # what randomness is for
@@ -58,12 +58,14 @@ class Recipe:
     lr: float = 0.1  # per 128-image batch; a tenth from 1/2 of the iterations, a hundredth from 3/4
     momentum: float = 0.9
     weight_decay: float = 1e-4
+    warm_up: bool = False  # where it does not go without saying
 
     @property
     def label(self) -> str:
         """The name of the run and of its folder."""
         decay = "" if self.decay == "weights" else f"-{self.decay}"
-        return f"{self.network}{decay}-{self.iterations}-seed{self.seed}"
+        warm_up = "-warm-up" if self.warm_up else ""
+        return f"{self.network}{decay}{warm_up}-{self.iterations}-seed{self.seed}"
 
     @property
     def network(self) -> str:

@@ -106,7 +106,7 @@ class Training:
         self.order = functools.lru_cache(maxsize=2)(permutation)
         self.network = new_network(recipe)
         self.optimizer = new_optimizer(self.network, recipe)
-        self.progress = Progress(warming_up=recipe.depth >= WARM_UP_DEPTH)
+        self.progress = Progress(warming_up=recipe.warm_up or recipe.depth >= WARM_UP_DEPTH)
         self.restore()
         self.step = new_step(self.network, self.optimizer, recipe)
         if recipe.device == "cuda":
@@ -383,8 +383,8 @@ def check_folder(recipe: Recipe, folder: Path) -> None:
     if not path.exists():
         return
     try:
-        there: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
+        there: dict[str, Any] = {"warm_up": False} | json.loads(path.read_text())  # runs of before it was a choice
+    except (ValueError, TypeError) as error:
         raise Fault(f"{path}: damaged; choose another --out, or remove the folder", 2) from error
     here = asdict(recipe)
     names = [name for name in here | there if name not in ANYWHERE and here.get(name) != there.get(name)]

@@ -131,6 +131,9 @@ def test_default_is_fig_7():
     ]
     [plain] = train.recipes(train.parse(["--depth", "110", "--kind", "plain"]))
     assert plain.network == "plain-110"
+    asked = train.recipes(train.parse(["--depth", "56", "110", "--kind", "residual", "--warm-up"]))
+    assert [recipe.label for recipe in asked] == ["resnet-56-warm-up-64000-seed0", "resnet-110-64000-seed0"]
+    assert [recipe.warm_up for recipe in asked] == [True, False]  # 110 layers warm up anyway
 
 
 def test_several_networks_and_finished_ones_are_skipped(made_up_data, tmp_path, capsys):

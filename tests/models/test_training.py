@@ -3,6 +3,7 @@
 import copy
 import csv
 import fcntl
+import json
 import re
 import resource
 import signal
@@ -88,12 +89,13 @@ def test_warm_up_ends_when_the_training_error_is_below_80_percent(tmp_path, monk
     assert rates == [0.01] * 9 + [0.1] * 3
 
 
-def test_only_deep_networks_warm_up(tmp_path):
+def test_only_deep_networks_warm_up_unasked(tmp_path):
     warming_up = {
         depth: Training(replace(SMALL, depth=depth), TRAIN, TEST, tmp_path).progress.warming_up
         for depth in (8, 104, 110)
     }
     assert warming_up == {8: False, 104: False, 110: True}
+    assert Training(replace(SMALL, warm_up=True), TRAIN, TEST, tmp_path).progress.warming_up
 
 
 def test_batches_are_normalised_augmented_and_labelled(tmp_path):
@@ -406,6 +408,18 @@ def test_damaged_files_are_named(tmp_path, name):
     with pytest.raises(Fault, match=rf"{name}: damaged[^;]*; ") as caught:
         go(tmp_path)
     assert caught.value.status == 2
+
+
+def test_a_run_begun_before_the_warm_up_was_a_choice_goes_on(tmp_path, finished):
+    with pytest.raises(Fault):
+        go(tmp_path, stop=stop_after(5))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert not config.pop("warm_up")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Fault, match="warm_up is False there and True here"):
+        go(tmp_path, replace(SMALL, warm_up=True))
+    go(tmp_path)
+    assert_same(tmp_path, finished)
 
 
 def test_a_state_of_an_older_version(tmp_path):
