@@ -58,7 +58,7 @@ class Recipe:
     lr: float = 0.1  # per 128-image batch; a tenth from 1/2 of the iterations, a hundredth from 3/4
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    warm_up: bool = False  # where it does not go without saying
+    warm_up: bool = False  # below WARM_UP_DEPTH; from there on it goes without saying
 
     @property
     def label(self) -> str:

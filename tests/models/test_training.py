@@ -410,6 +410,13 @@ def test_damaged_files_are_named(tmp_path, name):
     assert caught.value.status == 2
 
 
+def test_a_configuration_that_is_none(tmp_path):
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(Fault, match=r"config\.json: damaged; choose another --out") as caught:
+        go(tmp_path)
+    assert caught.value.status == 2
+
+
 def test_a_run_begun_before_the_warm_up_was_a_choice_goes_on(tmp_path, finished):
     with pytest.raises(Fault):
         go(tmp_path, stop=stop_after(5))
