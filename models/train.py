@@ -139,7 +139,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--data", type=Path, metavar="PATH", help="CIFAR-10, in any layout; otherwise it is looked for, or downloaded")
     add("--iterations", type=int, default=64_000, metavar="N", help="of 128 images (64000)")
     add("--decay", choices=DECAY, default="weights", help="weights (default): not BN's gamma and beta")
-    add("--warm-up", action="store_true", help="begin at a tenth of the learning rate, as 110 layers always do")
+    add("--warm-up", action="store_true", help="at 0.01 until the error is below 80 %%, as 110 layers always do")
     add("--seed", type=int, nargs="+", default=[0], metavar="N", help="(0)")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 where native")

@@ -6,7 +6,7 @@ from torch import nn
 from analysis import synthesis
 from analysis.hooks import measuring
 from analysis.leaves import dead_leaves
-from analysis.synthesis import Goal, Spectrum, Synthesis, choose, fused, unusual
+from analysis.synthesis import Goal, Spectrum, Statistics, Synthesis, choose, fused, unusual
 from models import build
 from models.preprocess import PRESETS
 
@@ -139,6 +139,26 @@ def test_one_try_along_the_slope_is_enough(network, result, photographs, monkeyp
     monkeypatch.setattr(synthesis, "EXCHANGES", 5)
     others = np.random.default_rng(1).integers(0, 256, (60, 32, 32, 3), dtype=np.uint8)
     chosen = choose([Goal(network, NORMALISE, result)], np.concatenate([others, photographs]), 40, seed=0)
+    assert (chosen >= 60).mean() > 0.9
+
+
+class RedAndGreen:
+    """A goal of one channel: of an image its first pixel's red is the mean, and its green that of squares."""
+
+    statistics = Statistics(*(torch.tensor([value]) for value in (0.5, 0.25, 1e-3, 1.0)))  # squares of 0.5
+
+    def respond(self, images):
+        return images[:, 0, 0, :1], images[:, 1, 0, :1]
+
+
+@pytest.mark.parametrize("color", [0, 1])
+def test_the_slope_is_that_of_means_and_of_squares(monkeypatch, color):
+    """Where the images differ in one of them only, one try still finds those that fit."""
+    monkeypatch.setattr(synthesis, "TRIED", 1)
+    monkeypatch.setattr(synthesis, "EXCHANGES", 5)
+    images = np.full((100, 1, 1, 3), 128, np.uint8)
+    images[:60, :, :, color] = 180
+    chosen = choose([RedAndGreen()], images, 40, seed=0)
     assert (chosen >= 60).mean() > 0.9
 
 
