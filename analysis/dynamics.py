@@ -168,7 +168,7 @@ def read_snapshots(args: argparse.Namespace, recipe: Recipe) -> Plan:
 def training_card(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a snapshot says of the training: the recipe, iteration, current_lr; nothing where it is none of ours."""
     card = checkpoint.card.get("training")
-    return card if isinstance(card, dict) else {}
+    return {"warm_up": False} | card if isinstance(card, dict) else {}  # cards of before it was a choice
 
 
 def check_snapshot(checkpoint: Checkpoint, recipe: Recipe) -> None:

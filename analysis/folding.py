@@ -6,10 +6,10 @@
 
 In evaluation mode BN is an affine map: conv followed by BN is one convolution of weights w * g and bias
 beta + (b - mean) * g, with g = gamma / sqrt(var + eps). It saves BN's pass over memory, and lets the copy run in
-inference mode and in the layout that is fastest. It is right only where the convolution's output goes nowhere but into
-its BN, which no hook can see: so some images run through both networks, and responses and outputs are compared. In
-every later batch each BN still checks that its input is its convolution's output. In doubt the plain hooks
-(analysis.pairs) measure instead, or say what is wrong.
+the layout that is fastest. It is right only where the convolution's output goes nowhere but into its BN: some images
+run through both networks, all that is computed from the output is watched, and responses and outputs are compared. In
+every later batch each BN still checks that its input is its convolution's output, unchanged, and the same modules must
+run. In doubt the plain hooks (analysis.pairs) measure instead, or say what is wrong.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from analysis.moments import FAR, TINY, Moments, sums
 from analysis.pairs import Layer, Recording, is_norm, is_wrapper, qualified_names, recording
 from analysis.running import device_of, tensors_in
+from models.messages import is_out_of_memory
 
 FEW = 4  # images of the first batch by which both networks are compared
 TOLERANCE = 1e-3  # in largest values and in stds: rounding makes 1e-5 in 110 layers
@@ -52,31 +54,45 @@ class Pair:
     conv: nn.Conv2d
     norm: nn.Module
     position: int | None = None
-    output: Tensor | None = None  # of the convolution, until BN has taken it in
+    output: tuple[Tensor, int] | None = None  # of the convolution, with its version, until BN has taken it in
 
     def after_conv(self, conv: nn.Module, args: Any, output: Tensor) -> None:
         """Forward hook of the folded convolution."""
         if self.output is not None:
             raise Doubt(f"{self.name} was called twice")
-        self.output = output
+        self.output = output, output._version
 
 
 class Folded:
     """A copy of a network with folded pairs: runs batches, and adds up the responses of the layers asked for.
 
     Sums are taken of response - shift: a channel mean of the first batch, in layers whose means are far from zero.
+    others: how often each convolution and norm that is not folded is called in a pass.
     """
 
-    def __init__(self, model: nn.Module, pairs: list[Pair], layers: list[Layer], run: Run, channels_last: bool) -> None:
-        self.model, self.pairs, self.layers, self.run = model, pairs, layers, run
+    def __init__(
+        self,
+        model: nn.Module,
+        pairs: list[Pair],
+        others: Counter[nn.Module],
+        layers: list[Layer],
+        run: Run,
+        channels_last: bool,
+    ) -> None:
+        self.model, self.pairs, self.others, self.layers, self.run = model, pairs, others, layers, run
         self.channels = [len(layer.moments.mean) for layer in layers]
         self.shift = [shift_of(layer.moments) for layer in layers]
         self.sums: list[tuple[int, Tensor, Tensor]] = []  # count, sum and sum of squares: of the layers in this pass
         self.totals: Tensor | None = None  # (3, channels of all layers): the same, of all passes
+        self.called: Counter[nn.Module] = Counter()  # of the others, in this pass
         for pair in pairs:
             fold_pair(pair)
             pair.conv.register_forward_hook(pair.after_conv)
             vars(pair.norm)["forward"] = self.responder(pair)
+        folded = {module for pair in pairs for module in (pair.conv, pair.norm)}
+        for module in model.modules():
+            if module not in folded and (isinstance(module, nn.Conv2d) or is_norm(module)):
+                module.register_forward_hook(lambda module, args, output: self.called.update([module]))
         if channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -84,7 +100,7 @@ class Folded:
         """What a folded BN does: it reduces its input, if it is measured, and passes it on."""
 
         def respond(input: Tensor) -> Tensor:  # the name of nn.BatchNorm2d.forward's argument
-            if input is not pair.output:
+            if pair.output is None or input is not pair.output[0] or input._version != pair.output[1]:
                 raise Doubt(f"what comes into the BN of {pair.name} is not its output")
             pair.output = None
             if pair.position is not None:
@@ -105,13 +121,18 @@ class Folded:
     def __call__(self, batch: Any, read: Callable[[Any], Any] = lambda output: output) -> Any:
         """What `read` makes of the output for a batch; its responses are added.
 
-        Raises Doubt, and adds nothing, where it cannot be sure. Any other error adds nothing either.
+        Raises Doubt, and adds nothing, where it cannot be sure, or an error comes that the network itself may not give.
+        Want of memory adds nothing either.
         """
         self.sums.clear()
+        self.called.clear()
         try:
-            with torch.inference_mode():
-                output = read(self.run(self.model, batch))
-                self.end_pass()
+            output = read(self.run(self.model, batch))
+            self.end_pass()
+        except Exception as error:
+            if isinstance(error, Doubt) or is_out_of_memory(error):
+                raise
+            raise Doubt(f"a folded copy of it does not run ({type(error).__name__}: {error})") from error
         finally:
             for pair in self.pairs:
                 pair.output = None
@@ -120,7 +141,7 @@ class Folded:
     def end_pass(self) -> None:
         """Add the sums of one pass to those of all, if all layers ran and the numbers are sound."""
         waiting = [pair.name for pair in self.pairs if pair.output is not None]
-        if waiting or len(self.sums) < len(self.layers):
+        if waiting or len(self.sums) < len(self.layers) or self.called != self.others:
             raise Doubt("it takes another path through the network")
         counts, total, squares = zip(*self.sums, strict=True)
         parts = torch.cat(total), torch.cat(squares)
@@ -196,6 +217,12 @@ def obstacle(model: nn.Module) -> str:
     return ""
 
 
+def count_hooks(model: nn.Module) -> int:
+    """Forward hooks on the network, ours too, and those of all modules."""
+    own = sum(len(getattr(module, kind)) for module in model.modules() for kind in HOOKS)
+    return own + sum(len(getattr(hooks_of_all, f"_global{kind}")) for kind in HOOKS)
+
+
 def fold(model: nn.Module, record: Recording, batch: Any, run: Run) -> Folded:
     """A folded copy that gives the same responses and the same output as the network.
 
@@ -206,13 +233,15 @@ def fold(model: nn.Module, record: Recording, batch: Any, run: Run) -> Folded:
     with untouched(record), torch.autocast(device, enabled=False), torch.no_grad():
         try:
             twin = copy.deepcopy(model, {id(record): record})
+            check_copy(model, twin)
             for module in twin.modules():
                 for kind in HOOKS:
                     getattr(module, kind).clear()  # those of the record
             few = first_images(batch)
             with watching(twin) as watched, recording(twin, record.kernel_size, grouped=record.grouped) as proof:
                 expected = run(twin, few)
-            folded = Folded(twin, watched.foldable(proof.passing), proof.passing, run, channels_last=fastest)
+            pairs = watched.foldable(proof.passing)
+            folded = Folded(twin, pairs, watched.others(pairs), proof.passing, run, channels_last=fastest)
             if steps(proof.passing) != steps(record.layers):
                 raise NotFolded("a copy of it runs other layers")
             compare_networks(folded, few, expected)
@@ -225,16 +254,24 @@ def fold(model: nn.Module, record: Recording, batch: Any, run: Run) -> Folded:
     return folded
 
 
+def check_copy(model: nn.Module, twin: nn.Module) -> None:
+    """NotFolded unless the tensors of a copy are its own, of the same values: networks say how they are copied."""
+    for of in (nn.Module.parameters, nn.Module.buffers):
+        for ours, theirs in zip(of(model), of(twin), strict=True):
+            if ours is theirs or not torch.equal(ours, theirs):
+                raise NotFolded("a copy of it shares tensors with it, or has others")
+
+
 def steps(layers: list[Layer]) -> list[tuple[str, str]]:
     return [(layer.name, layer.norm) for layer in layers]
 
 
 def first_images(batch: Any) -> Any:
-    """A few images of a batch, where it is a tensor or begins with one; else all of it."""
+    """A few images of a batch, copied, where it is a tensor or begins with one; else all of it."""
     if isinstance(batch, Tensor):
-        return batch[:FEW]
+        return batch[:FEW].clone()
     if isinstance(batch, tuple | list) and len(batch) in (1, 2) and isinstance(batch[0], Tensor):
-        return batch[0][:FEW]
+        return batch[0][:FEW].clone()
     return batch
 
 
@@ -249,12 +286,21 @@ def untouched(record: Recording) -> Iterator[None]:
 
 @dataclass
 class Watch:
-    """Which convolution of any kernel feeds which norm, unchanged, and how often each is called in one pass."""
+    """Which convolution of any kernel feeds which norm, unchanged, and how often each is called in one pass.
+
+    elsewhere: convolutions with an output that anything but a norm computes with.
+    """
 
     names: dict[nn.Module, str]
     calls: Counter[nn.Module] = field(default_factory=Counter)
     fed: list[tuple[nn.Conv2d, nn.Module]] = field(default_factory=list)
+    elsewhere: set[nn.Conv2d] = field(default_factory=set)
     outputs: MutableMapping[Tensor, tuple[nn.Conv2d, int]] = field(default_factory=WeakTensorKeyDictionary)
+
+    def before_operation(self, operation: str, args: Any) -> None:
+        """Called with every operation on tensors, such as `aten::mul.Tensor`, and its arguments."""
+        if "batch_norm" not in operation:
+            self.elsewhere.update(self.outputs[x][0] for x in tensors_in(args) if x in self.outputs)
 
     def after_conv(self, conv: nn.Conv2d, args: Any, output: Any) -> None:
         """Forward hook of a convolution."""
@@ -284,15 +330,34 @@ class Watch:
                 raise NotFolded(reason)
         return pairs
 
+    def others(self, pairs: list[Pair]) -> Counter[nn.Module]:
+        """The calls of what is in none of the pairs."""
+        folded = {module for pair in pairs for module in (pair.conv, pair.norm)}
+        return Counter({module: calls for module, calls in self.calls.items() if module not in folded})
+
     def why_not(self, conv: nn.Conv2d, norm: Any) -> str:
         """Why a pair cannot be folded, in words; empty where it can."""
         for module in (conv, norm):
             if self.calls[module] > 1:
                 return f"{self.names[module]} is called {self.calls[module]} times"
+        if conv in self.elsewhere or [fed for fed, _ in self.fed].count(conv) > 1:
+            return f"the output of {self.names[conv]} goes elsewhere too"
         for module, known in ((conv, (nn.Conv2d,)), (norm, (nn.BatchNorm2d, nn.SyncBatchNorm))):
             if type(module) not in known or "forward" in vars(module):
                 return f"{self.names[module]} ({type(module).__name__}) is no plain {known[0].__name__}"
         return "" if norm.running_mean is not None else f"{self.names[norm]} has no running statistics"
+
+
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Inside the block every operation on tensors is shown to a watch."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.watch = watch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.watch.before_operation(func.name(), (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -305,6 +370,7 @@ def watching(model: nn.Module) -> Iterator[Watch]:
                 stack.enter_context(module.register_forward_hook(watch.after_conv, prepend=True))
             elif is_norm(module):
                 stack.enter_context(module.register_forward_hook(watch.after_norm, prepend=True, with_kwargs=True))
+        stack.enter_context(Operations(watch))
         yield watch
 
 
@@ -325,4 +391,4 @@ def compare_networks(folded: Folded, batch: Any, expected: Any) -> None:
         raise NotFolded("its output holds no tensors to compare")
     for ours, theirs in pairs:
         if ours.shape != theirs.shape or not (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max():
-            raise NotFolded("it has another output when it is folded: a convolution's output goes elsewhere too")
+            raise NotFolded("it has another output when it is folded")

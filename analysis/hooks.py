@@ -17,20 +17,22 @@ from typing import Any, cast
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from analysis.folding import Doubt, Folded, NotFolded, fold, obstacle
+from analysis.folding import Doubt, Folded, NotFolded, count_hooks, fold, obstacle
 from analysis.frame import make_frame
-from analysis.pairs import Layer, Recording, is_wrapper, recording
+from analysis.pairs import Layer, Recording, is_norm, is_wrapper, recording
 from analysis.running import Parts, compare_labels, count_images, device_of, run
 from analysis.threads import Shared, alone
+from models.resnet import Config
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients and TF32; every module's own training flag comes back at the end.
+    """Evaluation mode without gradients and TF32; training flags and buffers come back at the end.
 
     TF32 is off for all threads, until the last of such blocks ends.
     """
@@ -39,10 +41,19 @@ def evaluation(model: nn.Module) -> Iterator[None]:
         for module, flag in training:  # not model.eval(): networks override it and do more there
             stack.callback(setattr, module, "training", flag)
             module.training = False
+            stack.callback(module._buffers.update, dict(module._buffers))
         stack.enter_context(WITHOUT_TF32())
         stack.enter_context(torch.inference_mode(False))  # there tensors have no versions
         stack.enter_context(torch.no_grad())
+        for buffer in model.buffers():
+            if not is_lazy(buffer):
+                stack.callback(put_back, buffer, buffer.clone())
         yield
+
+
+def put_back(buffer: Tensor, before: Tensor) -> None:
+    if not torch.equal(buffer, before):
+        buffer.copy_(before)
 
 
 @contextmanager
@@ -106,6 +117,12 @@ def measure(
     return measurement.result().to_frame(network)
 
 
+def whole(model: nn.Module) -> str:
+    """Why batches are not to be split, in words; empty where they may be."""
+    own = any(is_norm(norm) and norm.running_mean is None for norm in model.modules())
+    return "whose own statistics its norms take" if own else ""
+
+
 @contextmanager
 def measuring(
     model: nn.Module,
@@ -125,9 +142,12 @@ def measuring(
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: one of {', '.join(PRECISIONS)}")
     device = device_of(model).type
+    if device == "meta":
+        raise ValueError("the network is on the meta device, where tensors have no values: load its weights first")
     autocast = torch.autocast(device, PRECISIONS[precision], enabled=precision != "float32")
     why_not = "forward= runs the network" if forward else obstacle(model)
-    parts = Parts(name_of(model), "which forward= runs, so it is not split: make smaller ones" if forward else "")
+    why_whole = "which forward= runs" if forward else whole(model)
+    parts = Parts(name_of(model), why_whole and f"{why_whole}, so it is not split: make smaller ones")
     with alone(model), evaluation(model), recording(model, kernel_size, grouped=grouped) as record:
         measurement = Measurement(model, record, forward or run, why_not, autocast, parts)
         yield measurement
@@ -152,6 +172,7 @@ class Measurement:
     ) -> None:
         self.model, self.record, self.run, self.why_not = model, record, run, why_not
         self.autocast, self.parts = autocast, parts
+        self.hooks = count_hooks(model)
         self.first: Any = None  # the first batch, until the network is folded
         self.folded: Folded | None = None
         self.images = self.labelled = self.correct = 0
@@ -186,14 +207,15 @@ class Measurement:
             found = compare_labels(output, part)
             return len(found), int(found.sum())
 
+        if not self.why_not and count_hooks(self.model) != self.hooks:
+            self.doubt("it has hooks of its own")
         if self.first is not None:
             self.try_to_fold()
         if self.folded is not None:
             try:
                 counts: tuple[int, int] = self.folded(part, hits)
             except Doubt as reason:
-                self.why_not = f"from batch {self.record.batch + 1} on, {reason}"
-                self.finish()
+                self.doubt(str(reason))
             else:
                 self.record.batch += 1
                 return counts
@@ -202,6 +224,12 @@ class Measurement:
         if self.record.batch == 1 and not self.why_not:
             self.first = part
         return counts
+
+    def doubt(self, why: str) -> None:
+        """The network itself runs from here on."""
+        self.why_not = f"from batch {self.record.batch + 1} on, {why}"
+        self.finish()
+        self.first = None
 
     def try_to_fold(self) -> None:
         try:
@@ -224,7 +252,9 @@ class Measurement:
         return "folded" if self.record.batch > 1 else "hooks: one batch only"
 
     def result(self) -> Result:
-        """What was measured, when the block is over."""
+        """What was measured so far."""
+        if self.folded is not None:
+            self.folded.hand_over()
         layers = [replace(layer, moments=layer.moments.to("cpu")) for layer in self.record.layers]
         counts = self.images, self.labelled, self.correct
         return Result(network_in(self.model), layers, self.record.unpaired, *counts, self.path)
@@ -282,16 +312,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def config_of(model: nn.Module) -> Config | None:
+    """That of one of our networks: others have a `config` of another meaning."""
+    config = getattr(unwrapped(model), "config", None)
+    return config if isinstance(config, Config) else None
+
+
 def network_in(model: nn.Module) -> tuple[str, int | None]:
     """Kind and depth, without the wrappers around it."""
-    config = getattr(unwrapped(model), "config", None)
-    return getattr(config, "kind", "other"), getattr(config, "depth", None)
+    config = config_of(model)
+    return (config.kind, config.depth) if config else ("other", None)
 
 
 def name_of(model: nn.Module) -> str:
     """Such as `resnet-56`; the class of a network that is none of ours."""
-    model = unwrapped(model)
-    return str(getattr(getattr(model, "config", None), "name", type(model).__name__))
+    config = config_of(model)
+    return config.name if config else type(unwrapped(model)).__name__
 
 
 def describe_layers(layers: list[Layer]) -> list[dict[str, object]]:

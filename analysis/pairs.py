@@ -54,10 +54,10 @@ class Layer:
 
 @dataclass
 class Call:
-    """One call of a convolution, and whether a BN has taken in its output."""
+    """One call of a convolution, and the BNs that have taken in its output."""
 
     name: str
-    paired: bool = False
+    norms: list[nn.Module] = field(default_factory=list)
 
 
 @dataclass
@@ -106,10 +106,11 @@ class Recording:
         if not isinstance(x, Tensor) or x not in self.outputs:
             return
         call, version = self.outputs[x]
-        if x._version != version:
+        if x._version != version or any(inner in call.norms for inner in norm.modules()):  # its inner BN did the work
             return
-        call.paired = True
-        if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm):  # it may carry an activation, or be frozen
+        call.norms.append(norm)
+        # any other may carry an activation, or be frozen
+        if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or "forward" in vars(norm):
             if norm not in self.epsilons:
                 self.epsilons[norm] = find_epsilon(self.names[norm], norm, x, output)
             output = normalise(norm, x, self.epsilons[norm])
@@ -131,7 +132,7 @@ class Recording:
 
     def end_pass(self) -> None:
         """A forward pass over a batch is over, and counts: one call of the network, or as many as its user makes."""
-        missed = [call.name for call in self.calls if not call.paired]
+        missed = [call.name for call in self.calls if not call.norms]
         if not (self.layers or self.passing):
             kernel = "x".join(map(str, self.kernel_size)) + ("" if self.grouped else " ungrouped")
             raise ValueError(
@@ -233,8 +234,9 @@ def reachable(modules: Iterable[nn.Module]) -> Iterator[None]:
     with ExitStack() as stack:
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and to import it takes a second
             stack.enter_context(EAGER())
-        for module in modules:
-            if isinstance(module, PARALLEL):  # copies on other devices have hooks too; DDP waits for other processes
+        own = [parallel.forward for parallel in PARALLEL]  # a class of the user's may do more
+        for module in modules:  # copies on other devices have hooks too; DDP waits for other processes
+            if isinstance(module, PARALLEL) and type(module).forward in own:
                 stack.enter_context(replacing_forward(module, module.module.__call__))
         yield
 
@@ -280,9 +282,8 @@ def find_epsilon(name: str, norm: nn.Module, x: Tensor, output: Any) -> float:
     candidates = (own,) if isinstance(norm, _BatchNorm) else (own, *EPSILONS)
     if isinstance(output, Tensor) and not output.isfinite().all():
         return candidates[0]  # the NaN or infinity will be reported
-    after: Callable[[Tensor], Tensor]
-    for after in (lambda y: y, lambda y: run_children(norm, y)):
-        misfits = {eps: misfit(after(normalise(norm, x, eps)), output) for eps in candidates}
+    for after in ([], list(norm.children())):
+        misfits = {eps: misfit(run_all(after, normalise(norm, x, eps)), output) for eps in candidates}
         eps = min(candidates, key=misfits.__getitem__)
         if misfits[eps] <= max(TOLERANCE, 4 * torch.finfo(x.dtype).eps):
             return eps
@@ -292,15 +293,19 @@ def find_epsilon(name: str, norm: nn.Module, x: Tensor, output: Any) -> float:
     )
 
 
-def run_children(norm: nn.Module, y: Tensor) -> Tensor:
-    for child in norm.children():
-        y = child.forward(y)  # not child(y): no hook of the user's shall count this call
+def run_all(modules: list[nn.Module], y: Tensor) -> Any:
+    """What the modules make of y one after another; None where they cannot."""
+    try:
+        for module in modules:
+            y = module.forward(y)  # not module(y): no hook of the user's shall count this call
+    except Exception:
+        return None
     return y
 
 
-def misfit(expected: Tensor, output: Any) -> float:
+def misfit(expected: Any, output: Any) -> float:
     """The largest difference, in largest expected values."""
-    if not isinstance(output, Tensor) or output.shape != expected.shape:
+    if not (isinstance(output, Tensor) and isinstance(expected, Tensor) and output.shape == expected.shape):
         return float("inf")
     scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
     return ((output - expected).abs().max() / scale).item()

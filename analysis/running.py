@@ -105,9 +105,9 @@ def part_of_batch(batch: Any, total: int, first: int, end: int) -> Any:
 
 
 def compare_labels(output: Any, batch: Any) -> Tensor:
-    """Whether each label is hit (n,); no values where there are no labels, or no logits (N, classes, ...) for them."""
+    """Whether each label is hit (n,); no values where there are no labels, or no logits (N, 2 classes or more, ...)."""
     logits, labels = logits_of(output), labels_of(batch)
-    if logits is None or logits.dim() < 2 or labels is None or labels.is_floating_point():
+    if logits is None or logits.dim() < 2 or logits.shape[1] < 2 or labels is None or labels.is_floating_point():
         return torch.zeros(0)
     predicted = logits.argmax(1)
     return (predicted == labels.to(predicted.device)).flatten() if predicted.shape == labels.shape else torch.zeros(0)

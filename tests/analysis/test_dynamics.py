@@ -124,6 +124,13 @@ def test_the_figure_shows_snapshots_epochs_and_rates(folder, out, monkeypatch):
     assert [text.get_text() for text in lower.texts] == ["lr = 0.1", "lr = 0.01", "lr = 0.001"]
 
 
+def test_snapshots_of_before_warm_up_was_a_choice(folder, out):
+    for path in (folder / "snapshots").iterdir():
+        change_card(path, ', "warm_up": false', "")
+    assert execute(folder, "--out", out) == 0
+    assert sorted(set(pd.read_csv(out / "dynamics.csv")["iteration"])) == list(RATES)
+
+
 def test_where_the_numbers_come_from(folder, out):
     assert execute(folder, "--out", out) == 0
     document = json.loads((out / "dynamics.json").read_text())
@@ -238,10 +245,14 @@ def without_card(folder):
 
 def other_tensors(folder):
     """A card that says resnet-8 of a deeper network."""
-    path = snapshot(folder, 20, network="resnet-14")
+    change_card(snapshot(folder, 20, network="resnet-14"), '"resnet-14"', '"resnet-8"')
+
+
+def change_card(path, old, new):
     with safe_open(path, "pt") as file:
         tensors, card = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()["card"]  # noqa: SIM118
-    save_file(tensors, path, metadata={"card": card.replace('"resnet-14"', '"resnet-8"')})
+    assert old in card
+    save_file(tensors, path, metadata={"card": card.replace(old, new)})
 
 
 SNAPSHOT = "error: {folder}/snapshots/iteration-00000"

@@ -194,11 +194,55 @@ class NoCopy(nn.Sequential):
         raise TypeError("not I")
 
 
-ELSEWHERE = "it has another output when it is folded: a convolution's output goes elsewhere too"
+def hardly_elsewhere(m, x):
+    """So little that responses and output are much the same: a layer scale."""
+    y = m.conv(x)
+    return m.bn2(m.conv2(m.bn(y) + 1e-6 * y))
+
+
+class Shares(nn.Sequential):
+    def __deepcopy__(self, memo):
+        return self
+
+
+class NewWeights(nn.Sequential):
+    def __deepcopy__(self, memo):
+        return NewWeights(conv(), nn.BatchNorm2d(4)).eval()
+
+
+class Doubled(nn.BatchNorm2d):
+    """A BN that leaves the work to another."""
+
+    def __init__(self):
+        super().__init__(4)
+        self.inner = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+ELSEWHERE = "the output of conv goes elsewhere too"
 NOT_FOLDED = {
     "called twice": (lambda: Net(twice, **pair()), "conv is called 2 times"),
     "output elsewhere": (lambda: Net(elsewhere, **pair()), ELSEWHERE),
     "output into a function": (lambda: Net(seen_by_a_function, **pair()), ELSEWHERE),
+    "output hardly elsewhere": (
+        lambda: Net(hardly_elsewhere, **pair(), conv2=conv(), bn2=nn.BatchNorm2d(4)),
+        ELSEWHERE,
+    ),
+    "output into two BNs": (
+        lambda: Net(lambda m, x: (y := m.conv(x), m.bn(y) + m.bn2(y))[1], **pair(), bn2=nn.BatchNorm2d(4)),
+        ELSEWHERE,
+    ),
+    "BN in a BN": (lambda: Net(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=Doubled()), ELSEWHERE),
+    "copy that shares": (
+        lambda: Shares(conv(), nn.BatchNorm2d(4)),
+        "a copy of it shares tensors with it, or has others",
+    ),
+    "copy of other weights": (
+        lambda: NewWeights(conv(), nn.BatchNorm2d(4)),
+        "a copy of it shares tensors with it, or has others",
+    ),
     "shared BN": (
         lambda: Net(lambda m, x: m.bn(m.conv2(m.bn(m.conv(x)))), **pair(), conv2=conv()),
         "bn is called 2 times",
@@ -214,7 +258,10 @@ NOT_FOLDED = {
     "wrapper": (lambda: nn.DataParallel(nn.Sequential(conv(), nn.BatchNorm2d(4))), "DataParallel around the network"),
     "no copy": (lambda: NoCopy(conv(), nn.BatchNorm2d(4)), "a copy of it does not run (TypeError: not I)"),
     "no output": (lambda: Net(lambda m, x: str(m.bn(m.conv(x))), **pair()), "its output holds no tensors to compare"),
-    "noise": (lambda: Net(lambda m, x: m.bn(m.conv(x)) + torch.rand(1), **pair()), ELSEWHERE),
+    "noise": (
+        lambda: Net(lambda m, x: m.bn(m.conv(x)) + torch.rand(1), **pair()),
+        "it has another output when it is folded",
+    ),
 }
 
 
@@ -296,6 +343,80 @@ def test_a_folded_convolution_that_goes_into_no_bn():
 
     network = Net(flow, **pair(), conv2=conv(kernel=1), bn2=nn.BatchNorm2d(4))
     check(network, [images(), images(), images(1)], "hooks: from batch 3 on, it takes another path through the network")
+
+
+def test_a_change_in_place_in_a_later_batch_is_an_error():
+    def flow(m, x):
+        y = m.conv(x)
+        return m.bn(y.relu_() if len(x) == 1 else y)
+
+    network = with_statistics(Net(flow, **pair()))
+    with pytest.raises(ValueError, match="batch 3 takes another path through the network than the first: conv did not"):
+        analysis.measure(network, [images(), images(), images(1)])
+
+
+@pytest.mark.parametrize("last", [{"conv2": nn.Conv2d(4, 4, 3), "bn2": nn.BatchNorm2d(4)}, {"conv2": conv()}])
+def test_a_layer_that_runs_in_a_later_batch_only_is_not_left_out(last):
+    def flow(m, x):
+        y = m.bn(m.conv(x))
+        return y if len(x) > 1 else m.bn2(m.conv2(y)) if "bn2" in last else m.conv2(y)
+
+    network, batches = with_statistics(Net(flow, **pair(), **last)), [images(), images(), images(1)]
+    if "bn2" in last:
+        with pytest.raises(ValueError, match="batch 3 takes another path through the network than the first: conv2 ->"):
+            analysis.measure(network, batches)
+    else:
+        path = "hooks: from batch 3 on, it takes another path through the network"
+        assert check(network, batches, path).attrs["unpaired"] == ["conv2"]
+
+
+def test_what_the_network_keeps_can_be_trained_with():
+    """A grid by shape, made in a batch of the folded copy: no inference tensor."""
+    kept = {}
+    network = Net(lambda m, x: m.bn(m.conv(x)) * kept.setdefault(x.shape, torch.ones(len(x), 1, 1, 1)), **pair())
+    check(network, [images(), images(), images(1)])
+    network.train()(images(1)).sum().backward()
+
+
+def test_an_error_of_the_folded_copy_alone():
+    """A view that the layout of the copy does not allow."""
+    sizes = (3, 3, 8)
+    network = with_statistics(Net(lambda m, x: m.bn(m.conv(x)).view(len(x), -1).mean(1), **pair()))
+    network.conv.padding = (0, 0)
+    batches = [torch.randn(6, 4, size, size) for size in sizes]
+    frame = analysis.measure(network, batches)
+    assert frame.attrs["path"].startswith(
+        "hooks: from batch 3 on, a folded copy of it does not run (RuntimeError: view"
+    )
+    assert frame["std"].tolist() == pytest.approx(two_pass(network, ["bn"], lambda: batches), rel=1e-6)
+
+
+def test_hooks_that_come_after_the_first_batches_see_every_batch():
+    network, calls = with_statistics(nn.Sequential(conv(), nn.BatchNorm2d(4))), []
+    with analysis.hooks.measuring(network) as measurement:
+        for batch in images(12).split(3):
+            measurement.add(batch)
+            if len(calls) == 0 and measurement.images == 6:
+                network[1].register_forward_hook(lambda *args: calls.append(args))
+    assert len(calls) == 2
+    result = measurement.result()
+    assert result.path == "hooks: from batch 3 on, it has hooks of its own"
+    assert result.to_frame("a")["count"].tolist() == [12 * 4 * 8 * 8]
+
+
+def test_a_result_in_between():
+    with analysis.hooks.measuring(nn.Sequential(conv(), nn.BatchNorm2d(4))) as measurement:
+        for batch in images(9).split(3):
+            measurement.add(batch)
+            assert measurement.result().to_frame("a")["count"].tolist() == [measurement.images * 4 * 8 * 8]
+
+
+def test_images_that_the_network_changes_are_changed_once():
+    x = torch.rand(6, 4, 8, 8)
+    expected = (x - 0.5) / 0.3
+    network = Net(lambda m, x: m.bn(m.conv(x.sub_(0.5).div_(0.3))), **pair())
+    analysis.measure(network, [x, torch.rand(6, 4, 8, 8)])
+    assert torch.equal(x, expected)
 
 
 def test_nan_is_reported_with_layer_and_batch():

@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,6 +109,22 @@ def test_accuracy_comes_from_the_same_passes():
     batches = [(x[:6], labels[:6]), (x[6:], labels[6:])]
     assert analysis.measure(network, batches).attrs["accuracy"] == 0.7
     assert analysis.measure(network, [x]).attrs["accuracy"] is None
+
+
+def test_one_logit_is_no_class():
+    network = nn.Sequential(conv(1), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 1))
+    batch = torch.randn(4, 4, 8, 8), torch.zeros(4, dtype=torch.long)
+    assert analysis.measure(network, [batch]).attrs["accuracy"] is None
+
+
+@pytest.mark.parametrize("config", [{"kind": "resnet", "depth": 3}, SimpleNamespace(kind="plain", depth=20, name="x")])
+def test_a_config_of_others_names_no_network_of_ours(config):
+    network = nn.Sequential(conv(), nn.BatchNorm2d(4))
+    network.config = config
+    frame = analysis.measure(network, [torch.randn(2, 4, 8, 8)])
+    assert set(frame["kind"]) == {"other"}
+    assert frame["depth"].isna().all()
+    assert hooks.name_of(network) == "Sequential"
 
 
 class Headed(nn.Module):
@@ -226,6 +243,21 @@ def test_measuring_leaves_a_network_as_it_was(gradients, tf32):
         assert_unchanged(network, before)
 
 
+def test_also_when_the_network_writes_into_its_buffers():
+    class Counting(nn.Sequential):
+        def forward(self, x):
+            self.calls += len(x)
+            self.last = x.mean(0)
+            return super().forward(x)
+
+    network = Counting(conv(), nn.BatchNorm2d(4))
+    network.register_buffer("calls", torch.zeros(()))
+    network.register_buffer("last", torch.zeros(1))
+    before = state_of(network)
+    analysis.measure(network, [torch.randn(4, 4, 8, 8)] * 3)
+    assert_unchanged(network, before)
+
+
 def test_also_when_the_data_raises_half_way():
     network = mixed_modes()
     before = state_of(network)
@@ -334,6 +366,13 @@ def test_a_network_without_convolutions():
         analysis.measure(nn.Linear(3, 3), [torch.zeros(1, 3)])
 
 
+def test_a_network_without_values():
+    with torch.device("meta"):
+        network = build("resnet-8")
+    with pytest.raises(ValueError, match="the network is on the meta device, where tensors have no values: load its w"):
+        analysis.measure(network, [torch.randn(2, 3, 32, 32)])
+
+
 # Where memory is short
 
 
@@ -432,6 +471,13 @@ def test_a_dictionary_is_split_and_what_forward_runs_is_not(monkeypatch, capsys)
     assert frame["std"].tolist() == pytest.approx(expected["std"].tolist(), rel=1e-12)
     with pytest.raises(ValueError, match="at a batch of 6 images, which forward= runs, so it is not split: make small"):
         analysis.measure(network, [x], forward=lambda model, batch: model(batch))
+
+
+def test_a_batch_whose_own_statistics_are_taken_is_not_split(monkeypatch):
+    network = nn.Sequential(conv(), nn.BatchNorm2d(4, track_running_stats=False))
+    short_of_memory(network, 3, MemoryError(), monkeypatch, fails_in="0")
+    with pytest.raises(ValueError, match="of 6 images, whose own statistics its norms take, so it is not split: make"):
+        analysis.measure(network, [torch.randn(6, 4, 8, 8)])
 
 
 def test_another_error_is_not_taken_for_want_of_memory(monkeypatch, capsys):

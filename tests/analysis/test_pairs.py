@@ -476,6 +476,24 @@ def test_the_response_under_the_batch_statistics_is_standardised():
     assert layer.moments.between == pytest.approx(0, abs=1e-6)
 
 
+class Doubled(nn.BatchNorm2d):
+    """A BN that leaves the work to another."""
+
+    def __init__(self):
+        super().__init__(4)
+        self.inner = bn()
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_a_bn_in_a_bn_gives_one_layer_that_of_the_inner():
+    network = with_statistics(Net(chain("conv1", "bn1", "conv2", "bn2"), bn1=Doubled()))
+    record = record_of(network)
+    assert pairs_of(record) == [("conv1", "bn1.inner"), ("conv2", "bn2")]
+    assert record.unpaired == []
+
+
 def test_in_bfloat16_rounding_is_no_activation():
     network = with_statistics(nn.Sequential(conv(), BatchNormAct(nn.ReLU())))
     with torch.autocast("cpu", torch.bfloat16):
@@ -493,6 +511,28 @@ def test_an_activation_that_nothing_names_is_an_error():
         "bn1 (Activated) has the tensors of a BN, but its output is not what they make of its input, nor that after "
         "its submodules: put its activation into a submodule or behind it, or use nn.BatchNorm2d"
     )
+
+
+def test_an_activation_in_a_forward_that_was_set_on_a_bn_is_an_error():
+    norm = with_statistics(bn())
+    norm.forward = lambda x: F.relu(nn.BatchNorm2d.forward(norm, x))
+    with pytest.raises(ValueError, match=r"bn1 \(BatchNorm2d\) has the tensors of a BN, but its output is not what"):
+        record_of(Net(chain("conv1", "bn1"), bn1=norm))
+    norm.forward = lambda x: nn.BatchNorm2d.forward(norm, x)
+    assert pairs_of(record_of(Net(chain("conv1", "bn1"), bn1=norm))) == ONE
+
+
+def test_submodules_that_do_not_run_on_the_response():
+    class Branched(nn.BatchNorm2d):
+        def __init__(self):
+            super().__init__(4)
+            self.branches = nn.ModuleList([nn.ReLU()])
+
+        def forward(self, x):
+            return self.branches[0](super().forward(x))
+
+    with pytest.raises(ValueError, match=r"bn1 \(Branched\) has the tensors of a BN, but its output is not what"):
+        record_of(Net(chain("conv1", "bn1"), bn1=Branched()))
 
 
 def test_the_activation_is_looked_at_without_its_hooks():
@@ -604,6 +644,16 @@ def test_a_wrapper_runs_in_one_process_and_keeps_a_forward_that_was_set_on_it():
     assert pairs_of(record_of(wrapped)) == ONE
     assert wrapped.forward is own
     assert ran == []
+
+
+def test_what_a_wrapper_of_the_users_does_is_done():
+    class Scaling(nn.DataParallel):
+        def forward(self, x):
+            return self.module(10 * x)
+
+    network, x = Net(chain("conv1", "bn1")), torch.randn(2, 4, 8, 8)
+    [expected], [layer] = record_of(network, 10 * x).layers, record_of(Scaling(network), x).layers
+    assert layer.moments.std == expected.moments.std
 
 
 def compiled_in_place(network, **options):
