@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import wrap
 from typing import Any
 
 import matplotlib as mpl
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from plots.marks import mark, mark_legend
-from plots.style import RC, display_name, distinct_colors, styles
+from plots.style import RC, columns_of, display_name, distinct_colors, point_of, scale_std, styles
 
 PAGE = 6.9  # inches: both columns of a CVPR page
 ORDERS = ("original", "sorted by magnitude")
@@ -40,24 +41,27 @@ def draw_compare(curves: pd.DataFrame, differences: Sequence[pd.DataFrame]) -> F
     with mpl.rc_context(RC):
         figure = Figure(figsize=(PAGE, 4.2), layout="constrained")
         panels = figure.subplot_mosaic([["original", "sorted"], ["difference", "difference"]], height_ratios=(3, 2))
+        stds = [layers["std"] for _, layers in curves.groupby("entry")]
         for panel, order in zip((panels["original"], panels["sorted"]), ORDERS, strict=True):
             for entry, members in curves.groupby("entry", sort=False):
                 draw_entry(panel, members, look[str(entry)], order, relative)
             label = "relative depth" if relative else "layer index"
             rank = "relative rank" if relative else "layer index"
             panel.set_xlabel(f"{label} (original)" if order == ORDERS[0] else f"{rank} (sorted by magnitude)")
-            panel.set_ylabel("std")
+            scale_std(panel, stds)
         draw_differences(panels["difference"], differences, look, relative)
         if not relative:
             for panel in (panels["original"], panels["difference"]):
                 draw_stage_ends(panel, curves)
+        panels["difference"].yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         for panel in panels.values():
-            panel.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
             panel.margins(x=0.01)
             if not relative:
-                panel.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+                panel.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
         handles, labels = panels["original"].get_legend_handles_labels()
-        legend = figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 5), frameon=False)
+        legend = figure.legend(
+            handles, labels, loc="outside upper center", ncols=columns_of(labels, PAGE), frameon=False
+        )
         mark_legend(legend, handles)
     return figure
 
@@ -81,7 +85,7 @@ def draw_entry(panel: Axes, members: pd.DataFrame, style: dict[str, Any], order:
     if order != ORDERS[0]:
         stds = -np.sort(-stds, axis=0)  # each network in its own order
     x = (np.arange(len(mean)) + 0.5) / len(mean) if relative else np.arange(1, len(mean) + 1)
-    [line] = panel.plot(x, stds.mean(1), **style)
+    [line] = panel.plot(x, stds.mean(1), marker=point_of(x), **style)
     alone = stds.shape[1] == 1
     mark(line, entry, table.index.to_numpy()[ranks] if alone or order == ORDERS[0] else ())
     if not alone:
@@ -97,10 +101,11 @@ def draw_differences(
     for layers in differences:
         entry = str(layers["second"].iloc[0])
         x = layers["position"] if relative else layers["layer"]
-        [line] = panel.plot(x, layers["difference"], **look[entry])
+        [line] = panel.plot(x, layers["difference"], marker=point_of(x), **look[entry])
         mark(line, entry, () if relative else layers["layer"])
     panel.set_xlabel("relative depth" if relative else "layer index")
-    panel.set_ylabel(f"std less that of\n{display_name(str(differences[0]['first'].iloc[0]))}")
+    first = display_name(str(differences[0]["first"].iloc[0]))
+    panel.set_ylabel("\n".join(["std less that of", *wrap(first, 24)]))
 
 
 def draw_stage_ends(panel: Axes, curves: pd.DataFrame) -> None:
@@ -126,10 +131,11 @@ def draw_stages(curves: pd.DataFrame) -> Figure:
         sns.stripplot(**options, palette=colors, dodge=True, size=2.5, alpha=0.5, jitter=False, legend=False)
         sns.pointplot(
             **options, palette=dict.fromkeys(order, "0.15"), dodge=0.8 * (1 - 1 / len(order)), estimator="median",
-            errorbar=None, linestyle="none", marker="_", markersize=16, markeredgewidth=1.2, legend=False,
+            errorbar=None, linestyle="none", marker="_", markersize=min(16, 90 / len(order)), markeredgewidth=1.2,
+            legend=False,
         )  # fmt: skip
         panel.set_xlabel("stage")
-        panel.set_ylabel("std")
+        scale_std(panel, [layers["std"] for _, layers in data.groupby("entry")])
         handles = [
             mpl.lines.Line2D([], [], color=colors[entry], marker="o", linestyle="", markersize=4) for entry in order
         ]
@@ -140,9 +146,8 @@ def draw_stages(curves: pd.DataFrame) -> Figure:
         for entry, handle, medians in zip(order, handles, panel.lines, strict=True):
             mark(handle, entry)
             mark(medians, entry)
-        legend = figure.legend(
-            handles, [look[entry]["label"] for entry in order], loc="outside upper center", ncols=min(len(order), 5),
-            frameon=False,
-        )  # fmt: skip
+        labels = [look[entry]["label"] for entry in order]
+        columns = columns_of(labels, PAGE)
+        legend = figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
         mark_legend(legend, handles)
     return figure

@@ -17,9 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from plots.compare import PAGE
-from plots.fig7 import STEEP
 from plots.marks import mark
-from plots.style import RC, WIDTH, display_name
+from plots.style import RC, STEEP, WIDTH, display_name
 
 WITHIN = "within²: the channels' spread (\N{GREEK SMALL LETTER GAMMA})"
 BETWEEN = "between²: their offsets (\N{GREEK SMALL LETTER BETA})"

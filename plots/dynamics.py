@@ -16,9 +16,8 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from plots.fig7 import STEEP
 from plots.marks import mark
-from plots.style import RC, WIDTH, display_name, write_note
+from plots.style import RC, STEEP, WIDTH, display_name, write_note
 
 OUTER = 1 / 16  # of the axis' span, as far as this a cell reaches beyond the first and the last snapshot
 WIDE, NARROW = 0.18, 0.1  # from these shares of the axis on a learning rate has room for "lr = 0.01", for "0.01"

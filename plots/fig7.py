@@ -7,26 +7,26 @@ draw_fig7(frame, paper=analysis.paper.curves()).savefig("fig7.pdf")
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import BboxBase
 
 from plots.marks import mark, mark_legend
-from plots.style import RC, WIDTH, styles, write_note
+from plots.style import RC, WIDTH, columns_of, point_of, scale_std, styles, write_note
 
 BEHIND: dict[str, dict[str, Any]] = {  # curves in a network's colour beside its own, as the legend calls them
     "paper (pale)": {"linewidth": 0.6, "alpha": 0.35},
     "closed form": {"linewidth": 0.8, "dashes": (1.0, 1.0)},
 }
-ROW = 0.1  # height of a legend's row, as a share of the panel's
-RIGHT = {1: 0.62, 2: 0.35}  # where a legend of one or two columns begins, as a share of the panel's width
-STEEP = 8  # times the median: from here on the largest std makes the axis logarithmic
+INSIDE = 8  # entries of a legend; more of them stand above the panels
 ORDERS = ("original", "sorted by magnitude")
 
 
@@ -55,13 +55,15 @@ def draw_fig7(frame: pd.DataFrame, paper: pd.DataFrame | None = None, note: str 
             for (network, source), layers in frame.groupby(["network", "source"], sort=False):
                 dotted = {"label": None, **BEHIND["closed form"]} if both and source == "batchnorm" else {}
                 index, std, layer = curve(layers, order)
-                [line] = panel.plot(index, std, **look[str(network)] | dotted)
+                [line] = panel.plot(index, std, marker=point_of(index), **look[str(network)] | dotted)
                 mark(line, str(network), layer)
-            finish(panel, order, [entry for entry, wanted in zip(BEHIND, (shown, both), strict=True) if wanted])
+            behind = [entry for entry, wanted in zip(BEHIND, (shown, both), strict=True) if wanted]
+            legend = finish(panel, order, behind)
         if formula.all():
             write_note(figure, "closed form from BN's tensors, not measured on images")
         if note:
             write_note(figure, note)
+        draw_legends(figure, *legend)
     return figure
 
 
@@ -90,34 +92,51 @@ def curve(layers: pd.DataFrame, order: str) -> tuple[pd.Series[int], pd.Series[f
     return layers["layer"].astype(int), points["std"], points["layer"].astype(int)
 
 
-def finish(panel: Axes, order: str, behind: list[str]) -> None:
-    """Axis labels, ticks, and the legend in the upper right, with room made for it above the curves there."""
+def finish(panel: Axes, order: str, behind: list[str]) -> tuple[list[Any], list[str]]:
+    """Axis labels and ticks; and what the legend is to show, handles and labels."""
     panel.set_xlabel(f"layer index ({order})")
-    panel.set_ylabel("std")
     panel.set_xlim(left=0)
-    panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    points = np.concatenate([np.asarray(line.get_xydata()) for line in panel.lines])  # (points, 2)
-    if points[:, 1].max() > STEEP * np.median(points[:, 1]) and points[:, 1].min() > 0:
-        panel.set_yscale("log")  # else one steep curve makes all others a flat line
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.set_ylabel("std (logarithmic)")
-    else:
-        panel.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    panel.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    scale_std(panel, [line.get_ydata() for line in panel.lines])
     handles, labels = panel.get_legend_handles_labels()
-    for entry in behind:
-        handles.append(Line2D([], [], color="0.3", **BEHIND[entry]))
-        labels.append(entry)
-    columns = 2 if len(labels) > 4 else 1
-    share = 0.06 + ROW * math.ceil(len(labels) / columns)  # of the panel's height
-    to_axis, from_axis = (f.transform for f in (panel.yaxis.get_transform(), panel.yaxis.get_transform().inverted()))
-    bottom, top = to_axis(np.array(panel.get_ylim()))
-    right = points[points[:, 0] > panel.get_xlim()[1] * RIGHT[columns], 1]
-    highest = to_axis(right).max(initial=bottom)
-    top = max(top, bottom + (highest - bottom) / (1 - min(share, 0.8)))
-    panel.set_ylim(*from_axis(np.array([bottom, top])))
-    legend = panel.legend(
-        handles, labels, loc="upper right", ncols=columns, borderpad=0.3, labelspacing=0.2, handlelength=2.2,
-        columnspacing=1.0, borderaxespad=0.2,
-    )  # fmt: skip
-    legend.get_frame().set_linewidth(0.4)
-    mark_legend(legend, handles)
+    handles += [Line2D([], [], color="0.3", **BEHIND[entry]) for entry in behind]
+    return handles, [*labels, *behind]
+
+
+def draw_legends(figure: Figure, handles: list[Any], labels: list[str]) -> None:
+    """A legend in the upper right of each panel, with room made for it; a long one stands above the panels."""
+    options: dict[str, Any] = {"borderpad": 0.3, "labelspacing": 0.2, "handlelength": 2.2, "columnspacing": 1.0}
+    if len(labels) > INSIDE:
+        columns = columns_of(labels, WIDTH)
+        figure.set_figheight(figure.get_figheight() + 0.12 * math.ceil(len(labels) / columns))
+        legend = figure.legend(handles, labels, loc="outside upper center", ncols=columns, **options)
+        legend.get_frame().set_linewidth(0.4)
+        mark_legend(legend, handles)
+        return
+    columns = min(2, columns_of(labels, WIDTH - 0.5)) if len(labels) > 4 else 1
+    for panel in figure.axes:
+        legend = panel.legend(handles, labels, loc="upper right", ncols=columns, borderaxespad=0.2, **options)
+        legend.set_in_layout(False)
+        legend.get_frame().set_linewidth(0.4)
+        mark_legend(legend, handles)
+    figure.draw_without_rendering()  # the layout is known from here on
+    for panel in figure.axes:
+        legend = cast(Legend, panel.get_legend())
+        make_room(panel, legend.get_window_extent().transformed(panel.transAxes.inverted()))
+
+
+def make_room(panel: Axes, box: BboxBase) -> None:
+    """Raise the upper end of the axis until no curve runs through the box, which is in shares of the panel."""
+    scale = panel.yaxis.get_transform()
+    bottom, top = scale.transform(np.array(panel.get_ylim()))
+    left, right = panel.get_xlim()
+    grid = np.linspace(left + (box.x0 - 0.01) * (right - left), right, 200)
+    highest = bottom
+    for line in panel.lines:
+        x, y = np.asarray(line.get_xydata(), dtype=float).T
+        above = np.append(np.interp(grid, x, y, left=np.nan, right=np.nan), y[x >= grid[0]])
+        above = above[above > 0]
+        highest = max(highest, scale.transform(above).max(initial=bottom))
+    room = max(box.y0 - 0.03, 0.2)  # share of the panel's height that is left for the curves there
+    top = max(top, bottom + (highest - bottom) / room)
+    panel.set_ylim(*scale.inverted().transform(np.array([bottom, top])))

@@ -100,7 +100,6 @@ def draw_svg(figure: Figure, name: str, caption: str, networks: list[str], rows:
         group.set("data-network", str(networks.index(shown.network)))
         if points := locate(figure, artist, shown, rows):
             group.set("data-points", json.dumps(points, separators=(",", ":")))
-    svg.set("style", f"min-width: {SMALLEST * width_of(svg):.0f}px")
     svg.attrib |= {"role": "img", "aria-label": NOT_XML.sub("", caption), "data-figure": name}
     return svg
 
@@ -194,7 +193,8 @@ def width_of(svg: ElementTree.Element) -> float:
 def write_figure(caption: str, svg: ElementTree.Element) -> str:
     return (
         f'<figure style="flex-basis: {LARGEST * width_of(svg):.0f}px"><figcaption>{escape(caption)}</figcaption>'
-        f'<div class="scroll"><div class="drawing">\n{write_element(svg)}\n</div></div></figure>'
+        f'<div class="scroll"><div class="drawing" style="min-width: {SMALLEST * width_of(svg):.0f}px">'
+        f"\n{write_element(svg)}\n</div></div></figure>"
     )
 
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import wrap
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 PAPER_COLORS = {20: (0.75, 0.75, 0.0), 56: (1.0, 0.0, 0.0), 110: (0.0, 0.0, 0.0)}  # by depth
 DASHES = {"plain": (3.0, 1.2)}  # in line widths; all other kinds are solid
 WIDTH = 3.3  # inches: a column of a CVPR page
+LONGEST = 40  # characters of a label; longer ones lose their middle
+STEEP = 8  # times the median of all, or the highest point of another curve: from here on an axis is logarithmic
 
 # For drawing and for saving: the last three lines take effect in savefig.
 RC: Any = {
@@ -36,6 +42,7 @@ RC: Any = {
     "legend.fancybox": False,
     "legend.framealpha": 1.0,
     "lines.linewidth": 1.0,
+    "lines.markersize": 3,
     "svg.fonttype": "none",  # text as text
     "svg.hashsalt": "layer-responses",  # the same figure gives the same bytes
     "pdf.fonttype": 42,
@@ -74,12 +81,40 @@ def distinct_colors(count: int) -> Sequence[Any]:
 def display_name(network: str) -> str:
     """ResNet-56 for resnet-56, as in the paper's legend; any other label as it is, whatever matplotlib means by it."""
     name = network.replace("resnet-", "ResNet-", 1) if network.startswith("resnet-") else network
+    if len(name) > LONGEST:
+        name = f"{name[: LONGEST // 2]}\N{HORIZONTAL ELLIPSIS}{name[1 - LONGEST // 2 :]}"
     name = name.replace("$", r"\$")  # no formula
     return f" {name}" if name.startswith("_") else name  # matplotlib leaves out labels with an underscore
 
 
+def point_of(points: Any) -> str:
+    """The marker of a curve: of one point there is no line to see."""
+    return "o" if len(points) == 1 else ""
+
+
+def columns_of(labels: Sequence[str], width: float) -> int:
+    """How many columns of such labels fit side by side into so many inches, five at most."""
+    return max(1, min(5, len(labels), int(72 * width / (34 + 3.2 * max(map(len, labels))))))  # a line and its label
+
+
+def scale_std(panel: Axes, curves: Sequence[Any]) -> None:
+    """Make the axis of stds logarithmic where on a linear one a steep curve would make all others a flat line."""
+    stds = [std[std > 0] for std in (np.asarray(curve, dtype=float) for curve in curves) if (std > 0).any()]
+    highest = [std.max() for std in stds]
+    if stds and max(highest) > STEEP * min(np.median(np.concatenate(stds)), *highest):
+        panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter(NullFormatter())
+        panel.set_ylabel("std (logarithmic)")
+    else:
+        panel.set_ylabel("std")
+        panel.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+
+
 def write_note(figure: Figure, note: str) -> None:
-    """Write a note below a figure, under those that stand there."""
-    lines = [line for line in (figure.get_supxlabel(), note) if line]
+    """Write a note below a figure, under those that stand there, in lines that are no wider."""
+    wide = int(72 * figure.get_figwidth() / 3)  # characters
+    lines = [*figure.get_supxlabel().splitlines(), *(part for line in note.splitlines() for part in wrap(line, wide))]
     with mpl.rc_context(RC):
         figure.supxlabel("\n".join(lines), fontsize=6.5, style="italic")

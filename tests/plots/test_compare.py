@@ -40,6 +40,19 @@ def test_curves_in_both_orders_and_their_difference():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
 
 
+def test_a_steep_curve_does_not_flatten_the_others():
+    parts = curves(a=[[1, 1, 2, 1]], b=[[30, 2, 2, 1]])
+    original, ordered, below = draw_compare(parts, [differences("b", [29, 1, 0, 0])]).axes
+    assert [panel.get_yscale() for panel in (original, ordered, below)] == ["log", "log", "linear"]
+    assert draw_stages(parts).axes[0].get_yscale() == "log"
+
+
+def test_a_network_of_one_layer_is_a_point():
+    figure = draw_compare(curves(a=[[1]], b=[[2]]), [differences("b", [1])])
+    assert {line.get_marker() for panel in figure.axes[:2] for line in panel.lines} == {"o"}
+    assert figure.axes[2].lines[1].get_marker() == "o"
+
+
 def test_stage_boundaries():
     figure = draw_compare(curves(a=[[1, 4, 2, 3]], b=[[2, 2, 2, 1]]), [differences("b", [1, -2, 0, -2])])
     for panel in (figure.axes[0], figure.axes[2]):

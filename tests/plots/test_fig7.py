@@ -97,6 +97,42 @@ def test_no_curve_runs_under_the_legend(networks, paper):
         assert overlapping(draw_fig7(FRAME[FRAME["network"].isin(networks)], paper)) == []
 
 
+def test_long_labels_leave_the_curves_free():
+    frame = FRAME.assign(network=[f"{name}, {'a label of many words ' * 3}{name}" for name in FRAME["network"]])
+    with mpl.rc_context(RC):
+        figure = draw_fig7(frame)
+        assert overlapping(figure) == []
+        for axes in figure.axes:
+            box = axes.get_legend().get_window_extent()
+            assert axes.bbox.x0 <= box.x0
+            assert box.x1 <= axes.bbox.x1 + 1
+
+
+def test_the_legend_of_many_networks_stands_above_the_panels():
+    frame = pd.concat([FRAME.assign(network=FRAME["network"] + f"-{i}") for i in range(3)])
+    with mpl.rc_context(RC):
+        figure = draw_fig7(frame)
+        figure.draw_without_rendering()
+        [legend] = figure.legends
+        assert len(legend.get_texts()) == 15
+        assert legend.get_window_extent().y0 >= figure.axes[0].bbox.y1
+        assert legend.get_window_extent().y1 <= figure.bbox.y1
+    assert all(axes.get_legend() is None for axes in figure.axes)
+
+
+def test_networks_of_one_layer_are_points_beside_the_legend():
+    frame = FRAME[FRAME["layer"] == 1]
+    with mpl.rc_context(RC):
+        figure = draw_fig7(frame)
+        figure.draw_without_rendering()
+    for axes in figure.axes:
+        assert {line.get_marker() for line in axes.lines} == {"o"}
+        points = axes.transData.transform(np.concatenate([line.get_xydata() for line in axes.lines]))
+        assert not any(axes.get_legend().get_window_extent().contains(*point) for point in points)
+        assert 1 in axes.get_xticks()
+    assert {line.get_marker() for line in draw_fig7(FRAME).axes[0].lines} == {""}
+
+
 def test_the_closed_form_is_named_in_the_figure():
     def texts(figure):
         return [text.get_text() for text in figure.texts if text.get_text()]

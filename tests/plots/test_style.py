@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from plots import draw_fig7
-from plots.style import DASHES, PAPER_COLORS, RC, styles, write_note
+from plots.style import DASHES, PAPER_COLORS, RC, display_name, scale_std, styles, write_note
 
 
 def networks(*rows):
@@ -60,6 +60,42 @@ def test_labels_are_shown_as_they_are(label):
     with mpl.rc_context(RC):
         figure.savefig(content, format="svg")
     assert content.getvalue().decode().count(html.escape(label, quote=False) + "<") == 2
+
+
+def test_long_labels_lose_their_middle():
+    assert display_name("x" * 40) == "x" * 40
+    assert (
+        display_name("resnet-" + "x" * 60 + "end")
+        == "ResNet-" + "x" * 13 + "\N{HORIZONTAL ELLIPSIS}" + "x" * 16 + "end"
+    )
+    assert len(display_name("x" * 41)) == 40
+
+
+@pytest.mark.parametrize(
+    ("curves", "scale"),
+    [
+        ([[1, 2, 3], [2, 3, 4]], "linear"),
+        ([[1, 1, 1, 9]], "log"),
+        ([[1, 1, 1, 7]], "linear"),
+        ([[1, 1, 1, 9, 0]], "log"),
+        ([[1, 2, 3], [0.01, 0.02]], "log"),
+        ([[0, 0]], "linear"),
+        ([[1, 2], [0, 0]], "linear"),
+    ],
+)
+def test_a_steep_curve_makes_the_axis_logarithmic(curves, scale):
+    panel = Figure().subplots()
+    scale_std(panel, curves)
+    assert panel.get_yscale() == scale
+    assert panel.get_ylabel() == ("std" if scale == "linear" else "std (logarithmic)")
+
+
+def test_long_notes_are_wrapped():
+    figure = Figure(figsize=(3.3, 3))
+    write_note(figure, "word " * 40)
+    write_note(figure, "end")
+    assert max(map(len, figure.get_supxlabel().splitlines())) <= 79
+    assert " ".join(figure.get_supxlabel().split()) == " ".join(["word"] * 40 + ["end"])
 
 
 def test_notes_stand_one_below_the_other():
