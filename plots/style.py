@@ -114,7 +114,7 @@ def scale_std(panel: Axes, curves: Sequence[Any]) -> None:
 
 def write_note(figure: Figure, note: str) -> None:
     """Write a note below a figure, under those that stand there, in lines that are no wider."""
-    wide = int(72 * figure.get_figwidth() / 3)  # characters
+    wide = int(72 * figure.get_figwidth() / 2.8)  # characters
     lines = [*figure.get_supxlabel().splitlines(), *(part for line in note.splitlines() for part in wrap(line, wide))]
     with mpl.rc_context(RC):
         figure.supxlabel("\n".join(lines), fontsize=6.5, style="italic")

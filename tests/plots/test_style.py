@@ -94,7 +94,7 @@ def test_long_notes_are_wrapped():
     figure = Figure(figsize=(3.3, 3))
     write_note(figure, "word " * 40)
     write_note(figure, "end")
-    assert max(map(len, figure.get_supxlabel().splitlines())) <= 79
+    assert max(map(len, figure.get_supxlabel().splitlines())) <= 84
     assert " ".join(figure.get_supxlabel().split()) == " ".join(["word"] * 40 + ["end"])
 
 
