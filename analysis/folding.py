@@ -63,6 +63,10 @@ class Pair:
         self.output = output, output._version
 
 
+def modules_in(pairs: list[Pair]) -> set[nn.Module]:
+    return {module for pair in pairs for module in (pair.conv, pair.norm)}
+
+
 class Folded:
     """A copy of a network with folded pairs: runs batches, and adds up the responses of the layers asked for.
 
@@ -89,7 +93,7 @@ class Folded:
             fold_pair(pair)
             pair.conv.register_forward_hook(pair.after_conv)
             vars(pair.norm)["forward"] = self.responder(pair)
-        folded = {module for pair in pairs for module in (pair.conv, pair.norm)}
+        folded = modules_in(pairs)
         for module in model.modules():
             if module not in folded and (isinstance(module, nn.Conv2d) or is_norm(module)):
                 module.register_forward_hook(lambda module, args, output: self.called.update([module]))
@@ -332,7 +336,7 @@ class Watch:
 
     def others(self, pairs: list[Pair]) -> Counter[nn.Module]:
         """The calls of what is in none of the pairs."""
-        folded = {module for pair in pairs for module in (pair.conv, pair.norm)}
+        folded = modules_in(pairs)
         return Counter({module: calls for module, calls in self.calls.items() if module not in folded})
 
     def why_not(self, conv: nn.Conv2d, norm: Any) -> str:
