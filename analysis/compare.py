@@ -44,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     add_options(parser)
     add_page_option(parser)
     args = parser.parse_args(argv)
-    if len(args.items) + len(args.group) < 2:
+    things = [*args.items, *args.group]
+    if len(things) < 2 and not any(item.endswith(".csv") for item in args.items):  # which may hold several networks
         parser.error("name two things to compare, or more: checkpoints, shipped networks, responses.csv or groups")
     check_options(parser, args)
     return finish(run, args)
@@ -60,6 +61,8 @@ def run(args: argparse.Namespace) -> None:
     with together():
         check_folder(args.out)
     entries, provenance = read_entries(args)
+    if len(entries) < 2:
+        raise ValueError(f"{args.items[0]}: it holds one network; name another thing to compare it with")
     pairs = list(combinations(entries, 2))
     differences = [compare_frames(first.curve, second.curve) for first, second in pairs]
     parts = [frame.assign(entry=entry.label, member=i) for entry in entries for i, frame in enumerate(entry.frames)]

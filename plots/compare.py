@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from plots.marks import mark, mark_legend
-from plots.style import RC, columns_of, display_name, distinct_colors, point_of, scale_std, styles
+from plots.style import RC, columns_of, display_name, distinct_colors, note_computed, point_of, scale_std, styles
 
 PAGE = 6.9  # inches: both columns of a CVPR page
 ORDERS = ("original", "sorted by magnitude")
@@ -25,12 +25,13 @@ def draw_compare(curves: pd.DataFrame, differences: Sequence[pd.DataFrame]) -> F
     """Curves in original and sorted order, and below them how the others differ from the first.
 
     curves: columns entry (the label of a network or of a group), member (0, 1, ... in a group), kind, depth, layer,
-    stage, std. A group is drawn as its mean, with a band from the smallest to the largest of its networks. differences:
-    of the first entry and each other one, columns first, second, layer, position (0 to 1), difference, stage. Where
-    the depths differ, layers are at their relative depth. Returns a figure that belongs to no window.
+    stage, std, source. A group is drawn as its mean, with a band from the smallest to the largest of its networks.
+    differences: of the first entry and each other one, columns first, second, layer, position (0 to 1), difference,
+    stage. Where the depths differ, layers are at their relative depth. Returns a figure that belongs to no window.
 
     >>> parts = [pd.DataFrame({"entry": entry, "std": std}) for entry, std in (("a", [1.0, 2.0]), ("b", [1.5, 1.0]))]
-    >>> curves = pd.concat([part.assign(layer=[1, 2], stage=1, member=0, kind="other", depth=None) for part in parts])
+    >>> same = {"stage": 1, "member": 0, "kind": "other", "depth": None, "source": "hooks"}
+    >>> curves = pd.concat([part.assign(layer=[1, 2], **same) for part in parts])
     >>> differences = pd.DataFrame({"first": "a", "second": "b", "layer": [1, 2], "difference": [0.5, -1.0]})
     >>> figure = draw_compare(curves, [differences.assign(position=[0.25, 0.75], stage=1)])
     >>> [len(panel.lines) for panel in figure.axes]  # two curves in each order; zero and the difference
@@ -63,6 +64,7 @@ def draw_compare(curves: pd.DataFrame, differences: Sequence[pd.DataFrame]) -> F
             handles, labels, loc="outside upper center", ncols=columns_of(labels, PAGE), frameon=False
         )
         mark_legend(legend, handles)
+        note_computed(figure, curves["entry"], curves["source"])
     return figure
 
 
@@ -150,4 +152,5 @@ def draw_stages(curves: pd.DataFrame) -> Figure:
         columns = columns_of(labels, PAGE)
         legend = figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
         mark_legend(legend, handles)
+        note_computed(figure, curves["entry"], curves["source"])
     return figure

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from plots.compare import PAGE
 from plots.marks import mark
-from plots.style import RC, STEEP, WIDTH, display_name
+from plots.style import RC, STEEP, WIDTH, display_name, note_computed
 
 WITHIN = "within²: the channels' spread (\N{GREEK SMALL LETTER GAMMA})"
 BETWEEN = "between²: their offsets (\N{GREEK SMALL LETTER BETA})"
@@ -29,8 +29,9 @@ def draw_decomposition(frame: pd.DataFrame) -> Figure:
     """A small panel a network: within^2 and, stacked on it, between^2; the upper edge is std^2.
 
     frame: columns network, layer, stage, std, within, between, source; of a network with two sources the first one is
-    drawn. All panels share the y axis, but for a network that would make the others flat: it has its own. Returns a
-    figure that belongs to no window, one column wide for up to four networks. Raises ValueError for an empty frame.
+    drawn. All panels share the y axis, but for a network that would make the others flat: it has its own, and says so.
+    Returns a figure that belongs to no window, one column wide for up to four networks. Raises ValueError for an empty
+    frame.
 
     >>> frame = pd.DataFrame({"layer": [1, 2], "std": [5.0, 1.0], "within": [3.0, 0.6], "between": [4.0, 0.8]})
     >>> figure = draw_decomposition(frame.assign(network="resnet-20", stage=1, source="hooks"))
@@ -42,15 +43,17 @@ def draw_decomposition(frame: pd.DataFrame) -> Figure:
     networks = [(str(name), first_source(rows)) for name, rows in frame.groupby("network", sort=False)]
     columns = math.ceil(math.sqrt(len(networks)))
     rows = math.ceil(len(networks) / columns)
-    tops = [float((layers["std"] ** 2).max()) for _, layers in networks]
-    common = max(top for top in tops if top <= STEEP * min(tops))
+    tops = np.array([float((layers["std"] ** 2).max()) for _, layers in networks])
+    usual = np.percentile(tops[tops > 0], 50, method="lower") if tops.any() else 0.0
+    common = tops[tops <= STEEP * usual].max() or 1.0
     with mpl.rc_context(RC):
         figure = Figure(figsize=(WIDTH if columns < 3 else PAGE, 0.6 + 1.3 * rows), layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False).flat
         for panel, (network, layers), top in zip(panels, networks, tops, strict=False):
             draw_stack(panel, layers)
             mark_layers(panel, network, layers)
-            panel.set_title(display_name(network), fontsize=8, pad=3)
+            own = " (own scale)" if top > common else ""
+            panel.set_title(f"{display_name(network)}{own}", fontsize=8, pad=3)
             panel.set_ylim(0, 1.05 * max(top, common))
         for panel in figure.axes[len(networks) :]:
             panel.remove()
@@ -59,6 +62,8 @@ def draw_decomposition(frame: pd.DataFrame) -> Figure:
         for panel in figure.axes[-columns:]:  # below them there is none
             panel.set_xlabel("layer index")
         figure.supylabel("std²", fontsize=8)
+        shown = pd.concat([layers for _, layers in networks])
+        note_computed(figure, shown["network"], shown["source"])
     return figure
 
 

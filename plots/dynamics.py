@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from plots.marks import mark
-from plots.style import RC, STEEP, WIDTH, display_name, write_note
+from plots.style import COMPUTED, RC, STEEP, WIDTH, display_name, write_note
 
 OUTER = 1 / 16  # of the axis' span, as far as this a cell reaches beyond the first and the last snapshot
 WIDE, NARROW = 0.18, 0.1  # from these shares of the axis on a learning rate has room for "lr = 0.01", for "0.01"
@@ -58,11 +58,10 @@ def draw_dynamics(
 
 def choose_line(means: pd.Series[float], epochs: pd.DataFrame | None, computed: bool) -> tuple[pd.Series[float], str]:
     """The fine line of the mean, by iteration, and a note that says what of the figure is computed, not measured."""
-    note = "closed form from BN's tensors, not measured on images"
     formula = means[:0] if epochs is None else epochs.set_index("iteration")["mean_std"]
     if computed:
-        return (formula.combine_first(means) if len(formula) else means), note  # pandas 2 warns of none
-    return (formula, f"fine line: {note}") if len(formula) > 1 else (means, "")
+        return (formula.combine_first(means) if len(formula) else means), COMPUTED  # pandas 2 warns of none
+    return (formula, f"fine line: {COMPUTED}") if len(formula) > 1 else (means, "")
 
 
 def draw_map(panel: Axes, stds: pd.DataFrame, frame: pd.DataFrame, span: float) -> None:

@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import BboxBase
 
 from plots.marks import mark, mark_legend
-from plots.style import RC, WIDTH, columns_of, point_of, scale_std, styles, write_note
+from plots.style import COMPUTED, RC, WIDTH, columns_of, point_of, scale_std, styles, write_note
 
 BEHIND: dict[str, dict[str, Any]] = {  # curves in a network's colour beside its own, as the legend calls them
     "paper (pale)": {"linewidth": 0.6, "alpha": 0.35},
@@ -60,7 +60,7 @@ def draw_fig7(frame: pd.DataFrame, paper: pd.DataFrame | None = None, note: str 
             behind = [entry for entry, wanted in zip(BEHIND, (shown, both), strict=True) if wanted]
             legend = finish(panel, order, behind)
         if formula.all():
-            write_note(figure, "closed form from BN's tensors, not measured on images")
+            write_note(figure, COMPUTED)
         if note:
             write_note(figure, note)
         draw_legends(figure, *legend)

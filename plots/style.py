@@ -18,6 +18,7 @@ PAPER_COLORS = {20: (0.75, 0.75, 0.0), 56: (1.0, 0.0, 0.0), 110: (0.0, 0.0, 0.0)
 DASHES = {"plain": (3.0, 1.2)}  # in line widths; all other kinds are solid
 WIDTH = 3.3  # inches: a column of a CVPR page
 LONGEST = 40  # characters of a label; longer ones lose their middle
+COMPUTED = "closed form from BN's tensors, not measured on images"
 STEEP = 8  # times the median of all, or the highest point of another curve: from here on an axis is logarithmic
 
 # For drawing and for saving: the last three lines take effect in savefig.
@@ -110,6 +111,14 @@ def scale_std(panel: Axes, curves: Sequence[Any]) -> None:
     else:
         panel.set_ylabel("std")
         panel.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+
+
+def note_computed(figure: Figure, networks: Any, sources: Any) -> None:
+    """Say below a figure which of its networks are computed, where it does not show: networks and sources by row."""
+    computed = np.asarray(sources) == "batchnorm"
+    names = dict.fromkeys(np.asarray(networks)[computed]) if not computed.all() else ()
+    if computed.any():
+        write_note(figure, f"{', '.join(display_name(name) for name in names)}: {COMPUTED}" if names else COMPUTED)
 
 
 def write_note(figure: Figure, note: str) -> None:

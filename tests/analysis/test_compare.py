@@ -225,6 +225,17 @@ def frame(path, edit=lambda frame: frame):
     return path
 
 
+def test_one_frame_is_enough_where_it_holds_two_networks(tmp_path, out, capsys):
+    both = frame(
+        tmp_path / "both.csv", lambda f: pd.concat([f, f.assign(network="b", std=10.0, within=6.0, between=8.0)])
+    )
+    assert run(both, "--out", out) == 0
+    assert "b vs a 10.0000 vs 5.0000 2.000" in " ".join(capsys.readouterr().out.split())
+    alone = frame(tmp_path / "alone.csv")
+    assert run(alone, "--out", tmp_path / "none") == 2
+    assert capsys.readouterr().err == f"error: {alone}: it holds one network; name another thing to compare it with\n"
+
+
 BAD_FRAMES = {
     "edited": (lambda f: f.assign(std=[5, 5.1, 5]), "std, within and between of a, layer 2 do not belong together"),
     "negative": (lambda f: f.assign(std=[5, -5, 5]), "std, within and between of a, layer 2 do not belong together"),

@@ -4,6 +4,7 @@ import pytest
 
 from plots import draw_compare, draw_stages
 from plots.marks import marked
+from plots.style import COMPUTED
 
 
 def curves(**entries):
@@ -13,7 +14,7 @@ def curves(**entries):
         for member, stds in enumerate(members):
             rows += [
                 {"entry": entry, "network": "x", "member": member, "kind": "other", "depth": None, "layer": i + 1,
-                 "stage": i // 2 + 1, "std": std}
+                 "stage": i // 2 + 1, "std": std, "source": "hooks"}
                 for i, std in enumerate(stds)
             ]  # fmt: skip
     return pd.DataFrame(rows)
@@ -76,6 +77,16 @@ def test_a_group_is_a_mean_and_a_band():
     assert ordered.lines[0].get_ydata().tolist() == [3.5, 2, 1.5]  # 4 2 1 and 3 2 2
     [band] = original.collections
     assert {tuple(point) for point in band.get_paths()[0].vertices} >= {(1.0, 1.0), (1.0, 3.0), (2.0, 2.0), (2.0, 4.0)}
+
+
+def test_what_is_computed_is_named():
+    parts = curves(a=[[1, 4]], b=[[2, 2]])
+    notes = []
+    for computed in ([], ["b"], ["a", "b"]):
+        rows = parts.assign(source=np.where(parts["entry"].isin(computed), "batchnorm", "hooks"))
+        figures = draw_compare(rows, [differences("b", [1, -2])]), draw_stages(rows)
+        notes.append([figure.get_supxlabel() for figure in figures])
+    assert notes == [["", ""], [f"b: {COMPUTED}"] * 2, [COMPUTED] * 2]
 
 
 def test_points_are_marked_with_their_layers():

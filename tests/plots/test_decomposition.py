@@ -7,7 +7,7 @@ import pytest
 
 from plots import draw_decomposition
 from plots.marks import marked
-from plots.style import RC
+from plots.style import COMPUTED, RC
 
 
 def parts(network, within, between, source="hooks"):
@@ -89,6 +89,24 @@ def test_a_steep_network_has_an_axis_of_its_own():
     flat, other, steep = (parts(name, [top], [0]) for name, top in (("a", 1.0), ("b", 2.0), ("c", 20.0)))
     figure = draw_decomposition(pd.concat([flat, steep, other]))
     assert [panel.get_ylim() for panel in figure.axes] == [(0, 4.2), (0, 420), (0, 4.2)]
+    assert [panel.get_title() for panel in figure.axes] == ["a", "c (own scale)", "b"]
+
+
+def test_a_flat_network_does_not_decide_for_the_others():
+    tops = {"a": 0.0, "b": 0.01, "c": 1.0, "d": 2.0, "e": 1.0}
+    figure = draw_decomposition(pd.concat([parts(name, [top], [0]) for name, top in tops.items()]))
+    assert [panel.get_ylim() for panel in figure.axes] == [(0, 4.2)] * 5
+
+
+def test_nothing_but_zeros():
+    [panel] = draw_decomposition(parts("a", [0, 0], [0, 0])).axes
+    assert panel.get_ylim() == (0, 1.05)
+
+
+def test_what_is_computed_is_named():
+    hooks, formula = A, parts("plain-20", [1], [0], "batchnorm")
+    notes = [draw_decomposition(rows).get_supxlabel() for rows in (hooks, formula, pd.concat([hooks, formula]))]
+    assert notes == ["", COMPUTED, f"plain-20: {COMPUTED}"]
 
 
 def test_of_two_sources_the_first_is_drawn():

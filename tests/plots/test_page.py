@@ -248,6 +248,18 @@ def test_a_network_is_switched_off_and_on(visit):
     assert [visible(tab, curves), visible(tab, rows)] == [0, 4]
 
 
+def test_many_switches_leave_room_and_cover_nothing_that_is_scrolled_to(visit):
+    frame = make_layers({f"a network with a rather long label {i}": [1.0, 2.0] for i in range(40)})
+    tab = visit(draw(frame), width=700, height=600)
+    tab.value("document.querySelector('#layers').scrollIntoView()")
+    switches, heading = (
+        tab.value(f"document.querySelector('{part}').getBoundingClientRect().{edge}")
+        for part, edge in (("fieldset", "bottom"), ("#layers", "top"))
+    )
+    assert 150 < switches <= heading
+    assert switches <= 0.3 * 600 + 1
+
+
 def test_the_table_is_sorted_by_numbers_and_by_words(visit):
     tab = visit()
     order = [0.00042, 1, 2, 3, 4, 9.25, 9.5, 10]
