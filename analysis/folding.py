@@ -254,7 +254,6 @@ def fold(model: nn.Module, record: Recording, batch: Any, run: Run) -> Folded:
         except Exception as error:
             raise NotFolded(f"a copy of it does not run ({type(error).__name__}: {error})") from error
     folded.layers, folded.shift = record.layers, [shift_of(layer.moments) for layer in record.layers]
-    folded.totals = None
     return folded
 
 
@@ -292,34 +291,32 @@ def untouched(record: Recording) -> Iterator[None]:
 class Watch:
     """Which convolution of any kernel feeds which norm, unchanged, and how often each is called in one pass.
 
-    elsewhere: convolutions with an output that anything but a norm computes with.
+    elsewhere: convolutions with an output that anything but a norm computes with, or changes in place.
     """
 
     names: dict[nn.Module, str]
     calls: Counter[nn.Module] = field(default_factory=Counter)
     fed: list[tuple[nn.Conv2d, nn.Module]] = field(default_factory=list)
     elsewhere: set[nn.Conv2d] = field(default_factory=set)
-    outputs: MutableMapping[Tensor, tuple[nn.Conv2d, int]] = field(default_factory=WeakTensorKeyDictionary)
+    outputs: MutableMapping[Tensor, nn.Conv2d] = field(default_factory=WeakTensorKeyDictionary)
 
     def before_operation(self, operation: str, args: Any) -> None:
         """Called with every operation on tensors, such as `aten::mul.Tensor`, and its arguments."""
         if "batch_norm" not in operation:
-            self.elsewhere.update(self.outputs[x][0] for x in tensors_in(args) if x in self.outputs)
+            self.elsewhere.update(self.outputs[x] for x in tensors_in(args) if x in self.outputs)
 
     def after_conv(self, conv: nn.Conv2d, args: Any, output: Any) -> None:
         """Forward hook of a convolution."""
         self.calls[conv] += 1
         if isinstance(output, Tensor):
-            self.outputs[output] = conv, output._version
+            self.outputs[output] = conv
 
     def after_norm(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook of a norm."""
         self.calls[norm] += 1
         x = next(iter((*args, *kwargs.values())), None)
         if isinstance(x, Tensor) and x in self.outputs:
-            conv, version = self.outputs[x]
-            if x._version == version:
-                self.fed.append((conv, norm))
+            self.fed.append((self.outputs[x], norm))
 
     def foldable(self, layers: list[Layer]) -> list[Pair]:
         """The pairs that can be folded. Raises NotFolded where a layer that is measured is not among them."""
@@ -347,8 +344,10 @@ class Watch:
         if conv in self.elsewhere or [fed for fed, _ in self.fed].count(conv) > 1:
             return f"the output of {self.names[conv]} goes elsewhere too"
         for module, known in ((conv, (nn.Conv2d,)), (norm, (nn.BatchNorm2d, nn.SyncBatchNorm))):
-            if type(module) not in known or "forward" in vars(module):
+            if type(module) not in known:
                 return f"{self.names[module]} ({type(module).__name__}) is no plain {known[0].__name__}"
+            if "forward" in vars(module):
+                return f"{self.names[module]} has a forward of its own"
         return "" if norm.running_mean is not None else f"{self.names[norm]} has no running statistics"
 
 

@@ -293,6 +293,16 @@ def test_one_batch_forward_and_hooks_of_all_modules():
     assert frame.attrs["path"] == "hooks: there are hooks of all modules"
 
 
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_forward_that_was_set_on_a_module_runs_in_every_batch(position):
+    network = with_statistics(nn.Sequential(conv(), nn.BatchNorm2d(4)))
+    own, sizes = network[position].forward, []
+    network[position].forward = lambda x: (sizes.append(len(x)), own(x))[1]
+    frame = analysis.measure(network, [images(7), images(6), images(1)])
+    assert frame.attrs["path"] == f"hooks: {position} has a forward of its own"
+    assert [size for size in sizes if size != folding.FEW] == [7, 6, 1]
+
+
 def test_a_lambda_that_holds_the_network():
     """Its copy runs modules of the network itself, where the record's hooks are."""
     network = nn.Sequential(conv(), nn.BatchNorm2d(4))
