@@ -37,9 +37,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in SHORT_OF_MEMORY)
 
 
-def out_of_memory(error: BaseException) -> str:
+def out_of_memory(error: BaseException, advice: str = ROOM) -> str:
     """What to say of such an error, and what to do."""
-    return f"out of memory: {ROOM}" + (f" ({error})" if str(error) else "")
+    return f"out of memory: {advice}" + (f" ({error})" if str(error) else "")
 
 
 def is_plain(name: str) -> bool:

@@ -22,6 +22,9 @@ from models.recipe import DECAY, WARM_UP_DEPTH, Fault, Recipe
 if TYPE_CHECKING:  # torch takes seconds to import, and --help does not need it: functions import it
     from models.cifar10 import Cifar10
 
+KEPT = "what was saved stays, and the same command goes on from there"
+LARGEST_SEED = 2**64 - 1  # torch's
+
 
 @contextmanager
 def signals() -> Iterator[Callable[[], int]]:
@@ -30,7 +33,7 @@ def signals() -> Iterator[Callable[[], int]]:
 
     def note(number: int, frame: object) -> None:
         if came:
-            raise KeyboardInterrupt  # the second one does not wait for the iteration to end
+            raise KeyboardInterrupt(number)  # the second one does not wait for the iteration to end
         came.append(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -89,6 +92,8 @@ def recipes(args: argparse.Namespace) -> list[Recipe]:
     ):
         if min(values) < least:
             raise Fault(f"--{option} {min(values)}: must be {least} or more", 2)
+    if max(args.seed) > LARGEST_SEED:
+        raise Fault(f"--seed {max(args.seed)}: must be {LARGEST_SEED} or less", 2)
     for depth in args.depth:
         try:
             check_depth(depth)
@@ -154,13 +159,24 @@ def main(argv: list[str] | None = None) -> int:
     try:
         train_all(args)
     except (Exception, KeyboardInterrupt) as error:
-        short = is_out_of_memory(error)
-        if args.debug or not (short or isinstance(error, Fault | OSError | KeyboardInterrupt)):
+        fault = as_fault(error)
+        if args.debug or fault is None:
             raise
-        said = one_line(out_of_memory(error)) if short else str(error) or "stopped by SIGINT"
-        print(f"models.train: {said}", file=sys.stderr)
-        return 130 if isinstance(error, KeyboardInterrupt) else 2 if short else getattr(error, "status", 1)
+        print(f"models.train: {one_line(fault)}", file=sys.stderr)
+        return fault.status
     return 0
+
+
+def as_fault(error: BaseException) -> Fault | None:
+    """What the command says of an error, and its exit status; None where nothing but the traceback helps."""
+    if is_out_of_memory(error):
+        return Fault(out_of_memory(error, f"take another device, or end other programs; {KEPT}"), 2)
+    if isinstance(error, KeyboardInterrupt):
+        number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
+        return Fault(f"stopped by {number.name} at once: {KEPT}", 128 + number)
+    if isinstance(error, OSError):
+        return Fault(str(error))
+    return error if isinstance(error, Fault) else None
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import platform
 import re
 import signal
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -81,7 +82,7 @@ class Progress:
 
     warming_up: bool
     iteration: int = 0
-    warm_up_wrong: int = 0  # images since the last multiple of WARM_UP_WINDOW
+    warm_up_wrong: int = 0  # images in this window of WARM_UP_WINDOW iterations
     batches: int = 0  # since the last row
     loss: float = 0.0  # sum over them
     wrong: int = 0  # images in them
@@ -163,6 +164,10 @@ class Training:
     def iterate(self) -> None:
         """One iteration, and what is due after it."""
         recipe, progress, size = self.recipe, self.progress, len(self.train[0])
+        if progress.iteration and progress.iteration % WARM_UP_WINDOW == 0:
+            error = 100 * progress.warm_up_wrong / (WARM_UP_WINDOW * recipe.batch)
+            progress.warming_up &= error >= WARM_UP_ERROR
+            progress.warm_up_wrong = 0
         lr = recipe.learning_rate(progress.iteration, progress.warming_up)
         for group in self.optimizer.param_groups:
             group["lr"].fill_(lr)
@@ -171,10 +176,6 @@ class Training:
         progress.iteration += 1
         if recipe.device == "cpu" or progress.iteration % LOOK_EVERY == 0:
             self.look()
-        if progress.iteration % WARM_UP_WINDOW == 0:
-            error = 100 * progress.warm_up_wrong / (WARM_UP_WINDOW * recipe.batch)
-            progress.warming_up &= error >= WARM_UP_ERROR
-            progress.warm_up_wrong = 0
         if progress.iteration * recipe.batch // size > epoch or progress.iteration == recipe.iterations:
             self.close_epoch(epoch + 1, lr)
 
@@ -267,16 +268,19 @@ class Training:
         if not path.exists():
             return
         try:
+            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+                if archive.testzip() is not None:
+                    raise zipfile.BadZipFile
             state = torch.load(path, map_location=self.recipe.device, weights_only=True)
             progress, tensors, digest = Progress(**state["progress"]), state["tensors"], state["data"]
             progress.stretches = [Stretch(**stretch) for stretch in state["progress"]["stretches"]]
-        except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            for name, tensor in self.tensors().items():
+                tensor.copy_(tensors[name])
+        except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
             raise Fault(f"{path}: damaged or of an older version; remove it to train from the beginning", 2) from error
         if digest != self.digest:
             raise Fault(f"{path}: begun on other images, or in another order; choose another --out", 2)
         self.progress = progress
-        for name, tensor in self.tensors().items():
-            tensor.copy_(tensors[name])
 
     def heed(self, stop: Callable[[], int]) -> None:
         """Save and end the command where a signal came."""
@@ -290,6 +294,7 @@ class Training:
         checkpoints.save(path, self.network, self.preprocessing, crop_padding="zero", training=card)
 
     def snapshot(self) -> None:
+        self.look()  # a network after a loss that is no number is not kept
         iteration = self.progress.iteration
         lr = self.recipe.learning_rate(max(iteration - 1, 0), self.progress.warming_up)  # of the step that led here
         path = self.folder / "snapshots" / f"iteration-{iteration:07}.safetensors"
@@ -365,9 +370,12 @@ def run(recipe: Recipe, train: Cifar10, test: Cifar10, folder: Path, stop: Calla
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder, which is made where there is none, and remove what killed trainers have left in it.
 
-    Fault where another trainer holds it.
+    Fault where another trainer holds it, or a file is in its place.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (NotADirectoryError, FileExistsError) as error:
+        raise Fault(f"{folder}: cannot be made: {error.strerror}; choose another --out", 2) from error
     with open(folder / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

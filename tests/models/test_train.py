@@ -79,6 +79,7 @@ def test_kill_9(whole, tmp_path, monkeypatch, save_every):
     with process(tmp_path / "out", save_every) as trainer:
         trainer.kill()
         assert trainer.wait() == -signal.SIGKILL
+    assert list(tmp_path.glob("out/*/snapshots/iteration-0000002.safetensors"))
     assert not list(tmp_path.glob("out/*/resnet-8.safetensors"))
     monkeypatch.setattr(train, "load_data", lambda path: (TRAIN, TEST))
     assert train.main([*COMMAND, "--out", str(tmp_path / "out")]) == 0
@@ -111,9 +112,22 @@ def test_a_second_signal_does_not_wait_and_handlers_are_restored():
         assert stop() == 0
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop() == signal.SIGTERM
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as caught:
             os.kill(os.getpid(), signal.SIGINT)
+        assert caught.value.args == (signal.SIGINT,)
     assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_says_what_is_kept(made_up_data, tmp_path, monkeypatch, capsys, number, status):
+    def run(*args):
+        for _ in range(2):
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr("models.training.run", run)
+    assert train.main([*COMMAND, "--out", str(tmp_path)]) == status
+    said = f"stopped by {number.name} at once: what was saved stays, and the same command goes on from there"
+    assert capsys.readouterr().err == f"models.train: {said}\n"
 
 
 @pytest.fixture
@@ -188,6 +202,7 @@ def test_precision_auto_is_bfloat16_where_it_is_native(monkeypatch, avx512, amx,
         (["--iterations", "0"], "--iterations 0: must be 1 or more"),
         (["--snapshots", "-1"], "--snapshots -1: must be 0 or more"),
         (["--seed", "1", "-2"], "--seed -2: must be 0 or more"),
+        (["--seed", str(2**64)], "--seed 18446744073709551616: must be 18446744073709551615 or less"),
         (
             ["--device", "gpu"],
             "--device gpu: unknown; one of auto, cpu, cuda (CUDA_VISIBLE_DEVICES says which GPU)",
@@ -223,10 +238,17 @@ def test_incomplete_data(tmp_path, capsys):
 
 def test_out_is_a_file(made_up_data, tmp_path, capsys):
     (tmp_path / "file").write_text("not a folder")
-    assert train.main([*COMMAND, "--out", str(tmp_path / "file")]) == 1
-    assert re.fullmatch(
-        r"models\.train: .*file/resnet-8-16-seed0: cannot write: .*Not a directory.*\n", capsys.readouterr().err
-    )
+    assert train.main([*COMMAND, "--out", str(tmp_path / "file")]) == 2
+    said = f"{tmp_path}/file/resnet-8-16-seed0: cannot be made: Not a directory; choose another --out"
+    assert capsys.readouterr().err == f"models.train: {said}\n"
+
+
+def test_a_message_is_one_line_whatever_the_names(made_up_data, tmp_path, capsys):
+    (tmp_path / "a\n\x1b[2Jb").write_text("not a folder")
+    assert train.main([*COMMAND, "--out", str(tmp_path / "a\n\x1b[2Jb")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"models.train: {tmp_path}/a \\x1b[2Jb/resnet-8-16-seed0: cannot be made")
+    assert said.count("\n") == 1
 
 
 def test_a_folder_of_another_configuration(made_up_data, whole, capsys):
@@ -253,7 +275,8 @@ def test_interrupted_before_the_training(monkeypatch, capsys):
 
     monkeypatch.setattr(train, "load_data", load)
     assert train.main(["--depth", "8"]) == 130
-    assert capsys.readouterr().err == "models.train: stopped by SIGINT\n"
+    said = "stopped by SIGINT at once: what was saved stays, and the same command goes on from there"
+    assert capsys.readouterr().err == f"models.train: {said}\n"
 
 
 def test_want_of_memory_is_one_line_and_2(made_up_data, monkeypatch, tmp_path, capsys):
@@ -263,6 +286,6 @@ def test_want_of_memory_is_one_line_and_2(made_up_data, monkeypatch, tmp_path, c
     monkeypatch.setattr("models.training.run", run)
     assert train.main([*COMMAND, "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
-        "models.train: out of memory: take another device, fewer images at a time, a smaller network, or end other "
-        "programs (CUDA out of memory. Tried to allocate 2.00 GiB)\n"
+        "models.train: out of memory: take another device, or end other programs; what was saved stays, and the same "
+        "command goes on from there (CUDA out of memory. Tried to allocate 2.00 GiB)\n"
     )

@@ -3,23 +3,34 @@
 import copy
 import csv
 import fcntl
+import io
 import json
 import re
 import resource
 import signal
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from models import cifar10, closed_form
 from models.checkpoints import load
 from models.preprocess import mean_image, per_pixel
-from models.recipe import CROP, STATISTICS, CapturedStep, Fault, Recipe, batch_indices, new_network
-from models.training import Stretch, Training, run
+from models.recipe import (
+    CROP,
+    STATISTICS,
+    CapturedStep,
+    Fault,
+    Recipe,
+    batch_indices,
+    new_network,
+    recompute_statistics,
+)
+from models.training import STATISTICS_IMAGES, Stretch, Training, run
 
 SMALL = Recipe("residual", 8, iterations=12, batch=32, snapshots=5)
 
@@ -87,6 +98,22 @@ def test_warm_up_ends_when_the_training_error_is_below_80_percent(tmp_path, monk
         training.iterate()
         rates.append(round(training.optimizer.param_groups[0]["lr"].item(), 6))
     assert rates == [0.01] * 9 + [0.1] * 3
+
+
+def test_a_warm_up_that_ends_at_a_snapshot(tmp_path, monkeypatch):
+    """The learning rate that is told of is that of the step before, not of the next."""
+    for name, value in (("DEPTH", 8), ("WINDOW", 3), ("ERROR", 101)):
+        monkeypatch.setattr(f"models.training.WARM_UP_{name}", value)
+    go(tmp_path, replace(SMALL, iterations=24, snapshots=9))  # every third iteration
+    cards = [load(file).card["training"] for file in sorted((tmp_path / "snapshots").iterdir())]
+    rates = {card["iteration"]: card["current_lr"] for card in cards}
+    assert rates.items() >= {0: 0.01, 3: 0.01, 6: 0.1}.items()
+    training = Training(SMALL, TRAIN, TEST, tmp_path / "other")
+    training.progress.iteration, training.saved = 3, 0
+    with torch.no_grad():
+        training.network.fc.weight[0, 0] = torch.nan
+    with pytest.raises(Fault, match=r"not all weights are finite at iteration 2, learning rate 0\.01; "):
+        training.save()
 
 
 def test_only_deep_networks_warm_up_unasked(tmp_path):
@@ -185,6 +212,39 @@ def test_finished_network_and_its_card(finished):
     assert card["mean_std"] == pytest.approx(closed_form(network.model)["std"].mean(), abs=1e-5)
 
 
+def test_final_statistics_are_those_of_one_augmented_batch(finished, tmp_path, monkeypatch):
+    """In one pass, with each layer's behind the layers before it; of so many images, chosen by the seed."""
+    assert STATISTICS_IMAGES == 10_000
+    training = Training(SMALL, TRAIN, TEST, tmp_path)
+    chosen = np.random.default_rng([0, STATISTICS]).permutation(100)
+    for few in (100, 40):
+        expected = load(finished / "snapshots" / "iteration-0000012.safetensors").model
+        recompute_statistics(expected, training.augmented(chosen[:few], STATISTICS, 0)[0])
+        monkeypatch.setattr("models.training.STATISTICS_IMAGES", few)
+        go(tmp_path / str(few))
+        network = load(tmp_path / str(few) / "resnet-8.safetensors").model
+        assert all(torch.equal(buffer, expected.get_buffer(name)) for name, buffer in network.named_buffers())
+
+
+def test_the_progress_bar(tmp_path, monkeypatch):
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, **options):
+            super().__init__(**options | {"disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr("models.training.tqdm", Bar)
+    for stop in (stop_after(5), lambda: 0):
+        with suppress(Fault):
+            go(tmp_path, stop=stop)
+    assert [(bar.desc, bar.total, bar.initial, bar.n) for bar in bars] == [
+        ("resnet-8-12-seed0", 12, 0, 5),
+        ("resnet-8-12-seed0", 12, 5, 12),
+    ]
+    assert re.fullmatch(r"loss [\d.]+, train_error [\d.]+, test_error [\d.]+, images/s [\d.]+", bars[1].postfix)
+
+
 def test_learns_from_real_images(real_test, tmp_path):
     some, others = (
         replace(real_test, images=real_test.images[part], labels=real_test.labels[part])
@@ -196,7 +256,7 @@ def test_learns_from_real_images(real_test, tmp_path):
     assert row["test_error"] < 85  # 90 by chance
 
 
-@pytest.mark.parametrize("iterations", [(1,), (4,), (5, 2, 1), (11,), (12,)])
+@pytest.mark.parametrize("iterations", [(1,), (4,), (5, 2, 1), (11,), (12,), (13,)])
 def test_interrupted_run_ends_with_the_same_tensors(finished, tmp_path, iterations):
     for count in iterations:
         with pytest.raises(Fault, match="stopped by SIGTERM"):
@@ -367,14 +427,16 @@ def full_disk(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.parametrize("what", ["state", "network"])
-def test_a_full_disk_leaves_what_was_saved(finished, tmp_path, monkeypatch, what):
+@pytest.mark.parametrize(("what", "stopped"), [("state", 5), ("snapshot", 5), ("network", 13)])
+def test_a_full_disk_leaves_what_was_saved(finished, tmp_path, monkeypatch, what, stopped):
     with pytest.raises(Fault):
-        go(tmp_path, stop=stop_after(5))
+        go(tmp_path, stop=stop_after(stopped))
     before = {file: file.read_bytes() for file in tmp_path.rglob("*.*") if file.is_file()}
     with full_disk(100_000), monkeypatch.context() as patch:
-        if what == "network":
+        if what != "state":
             patch.setattr(Training, "save", lambda self: None)
+        if what == "network":
+            patch.setattr(Training, "snapshot", lambda self: None)
         with pytest.raises(Fault) as caught:
             go(tmp_path)
     said = str(caught.value)
@@ -396,6 +458,32 @@ def test_a_folder_begun_on_other_images(tmp_path):
         go(tmp_path, stop=stop_after(1))
     with pytest.raises(Fault, match="begun on other images, or in another order; choose another --out") as caught:
         run(SMALL, made_up(100, seed=1), TEST, tmp_path)
+    assert caught.value.status == 2
+
+
+def test_a_state_with_a_flipped_bit(tmp_path):
+    with pytest.raises(Fault):
+        go(tmp_path, stop=stop_after(1))
+    path = tmp_path / "state.pt"
+    content = bytearray(path.read_bytes())
+    weight = torch.load(path)["tensors"]["fc.weight"].numpy().tobytes()
+    content[content.index(weight) + 100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        Fault, match=r"state\.pt: damaged or of an older version; remove it to train from the beginning"
+    ):
+        go(tmp_path)
+
+
+@pytest.mark.parametrize("change", [lambda tensors: tensors.popitem(), lambda tensors: tensors["bn1.bias"].resize_(3)])
+def test_a_state_of_another_network(tmp_path, change):
+    with pytest.raises(Fault):
+        go(tmp_path, stop=stop_after(1))
+    state = torch.load(tmp_path / "state.pt")
+    change(state["tensors"])
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(Fault, match=r"state\.pt: damaged or of an older version; ") as caught:
+        go(tmp_path)
     assert caught.value.status == 2
 
 
