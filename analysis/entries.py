@@ -155,7 +155,7 @@ def read_frame(path: Path) -> pd.DataFrame:
     columns = read_columns(path)
     if columns != list(COLUMNS):
         raise ValueError(f"its columns are {', '.join(columns)[:200]}")
-    frame = pd.read_csv(path, dtype=dict.fromkeys(text + real, str))
+    frame = pd.read_csv(path, dtype=dict.fromkeys(text + real, str), keep_default_na=False, na_values=[""])
     if frame.empty:
         raise ValueError("it has no rows")
     if (empty := frame[[*text, "layer", "stage", "channels"]].isna()).any(axis=None):

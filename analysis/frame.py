@@ -46,3 +46,12 @@ def make_frame(rows: Sequence[dict[str, object]] | pd.DataFrame, **constants: ob
     """A frame of rows that hold some of the columns; `constants` are the same in every row, the rest is empty."""
     frame = pd.DataFrame(rows).assign(**constants).reindex(columns=list(COLUMNS))
     return frame.astype(dict.fromkeys(INTEGERS, "Int64"))
+
+
+def relative_difference(std: pd.Series[float], to: pd.Series[float]) -> pd.Series[float]:
+    """|std / to - 1|, layer by layer; 0 where both are 0.
+
+    >>> relative_difference(pd.Series([1.5, 0.0]), pd.Series([1.0, 0.0])).tolist()
+    [0.5, 0.0]
+    """
+    return (std / to - 1).abs().mask(std == to, 0.0)

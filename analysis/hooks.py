@@ -148,7 +148,7 @@ def measuring(
     why_not = "forward= runs the network" if forward else obstacle(model)
     why_whole = "which forward= runs" if forward else whole(model)
     parts = Parts(name_of(model), why_whole and f"{why_whole}, so it is not split: make smaller ones")
-    with alone(model), evaluation(model), recording(model, kernel_size, grouped=grouped) as record:
+    with alone(model), recording(model, kernel_size, grouped=grouped) as record, evaluation(model):
         measurement = Measurement(model, record, forward or run, why_not, autocast, parts)
         yield measurement
         measurement.finish()

@@ -202,6 +202,8 @@ def print_table(frames: list[pd.DataFrame], accuracies: list[float | None]) -> N
 
 def print_differences(frame: pd.DataFrame) -> None:
     """How far the closed form is from what hooks measured, network by network."""
+    from analysis.frame import relative_difference
+
     print("\nThe closed form against hooks, relative differences of std:")
     for network, layers in frame.groupby("network", sort=False):
         sources = [layers[layers["source"] == source] for source in ("hooks", "batchnorm")]
@@ -209,7 +211,7 @@ def print_differences(frame: pd.DataFrame) -> None:
         if both.empty:
             print(f"  {network}: no layer in both")
             continue
-        difference = (both["std_formula"] / both["std"] - 1).abs()
+        difference = relative_difference(both["std_formula"], both["std"])
         worst = both.loc[difference.idxmax()]
         print(
             f"  {network}: mean {100 * difference.mean():.1f} %, largest {100 * difference.max():.1f} % in layer "

@@ -19,6 +19,7 @@ from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any
 
 from analysis.processes import count_processes, exchange, leave, part_of, rank, together
+from models.messages import does_not_run, is_out_of_memory
 
 if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help does without
     import pandas as pd
@@ -159,6 +160,8 @@ def run_on(args: argparse.Namespace, networks: list[Network], data: Data) -> lis
 
 def rounding_errors(args: argparse.Namespace, networks: list[Network], data: Data) -> list[dict[str, float]]:
     """For each network the relative differences of std in bfloat16 from float32, on the first images; printed too."""
+    from analysis.frame import relative_difference
+
     images = min(ERROR_IMAGES, args.images or len(data))
     size = max(1, images // (BATCHES * count_processes()))  # several batches each: only the first is not folded
     few = {precision: argparse.Namespace(**vars(args) | {"images": images, "batch_size": size, "precision": precision})
@@ -166,7 +169,7 @@ def rounding_errors(args: argparse.Namespace, networks: list[Network], data: Dat
     exact, rounded = (measure_on(options, networks, data) for options in few.values())
     errors = []
     for network, ours, theirs in zip(networks, rounded, exact, strict=True):
-        relative = (ours["std"] / theirs["std"] - 1).abs()
+        relative = relative_difference(ours["std"], theirs["std"])
         errors.append({"images": images, "mean": relative.mean(), "largest": relative.max()})
         print(
             f"{network.label}: std in bfloat16 is {100 * relative.mean():.2f} % from float32 in the mean over layers, "
@@ -177,11 +180,15 @@ def rounding_errors(args: argparse.Namespace, networks: list[Network], data: Dat
 
 @contextmanager
 def named(network: Network) -> Iterator[None]:
-    """Errors of the block begin with the network's file."""
+    """Errors of the block begin with the network's file; those of a user's network are in one line, too."""
     try:
         yield
     except ValueError as error:
         raise ValueError(f"{network.checkpoint.path}: {error}") from error
+    except Exception as error:
+        if network.checkpoint.config is not None or is_out_of_memory(error):
+            raise
+        raise ValueError(f"{network.checkpoint.path}: {does_not_run(error)}") from error
 
 
 def measure_blocks(args: argparse.Namespace, plan: Plan) -> pd.DataFrame | None:

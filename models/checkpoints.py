@@ -109,7 +109,12 @@ def load(
         models[0] if models else None, state, next(iter(normalisations), None), card.get("crop_padding"),
         how, [], card, path, sha256(path),
     )  # fmt: skip
-    return checkpoint if images is None or not models else recognise(checkpoint, models, normalisations, images)
+    if images is None or not models:
+        return checkpoint
+    try:
+        return recognise(checkpoint, models, normalisations, images)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def recognise(

@@ -42,6 +42,11 @@ def out_of_memory(error: BaseException, advice: str = ROOM) -> str:
     return f"out of memory: {advice}" + (f" ({error})" if str(error) else "")
 
 
+def does_not_run(error: BaseException) -> str:
+    """What to say where a network of the user's raises an error on images."""
+    return f"the network does not run on these images ({type(error).__name__}: {error}); --debug shows where"
+
+
 def is_plain(name: str) -> bool:
     """Whether a name can stand in a line and in a table: it is printable, and no formula for a spreadsheet."""
     return name.isprintable() and not name.startswith(("=", "+", "-", "@"))

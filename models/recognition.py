@@ -14,6 +14,7 @@ preprocessing and 256 for the network:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.messages import does_not_run, is_out_of_memory
 from models.preprocess import PADDINGS, Preprocessing, augment
 
 STEM_SAMPLE, SAMPLE = 1024, 256  # images for the first convolution alone and for a whole forward pass
@@ -97,13 +99,13 @@ def first_norm(model: nn.Module, x: Tensor) -> tuple[Any, Tensor]:
     """The BN that runs first, and its input (N, C, H, W) for images x. ValueError where the network has none."""
     reached: list[tuple[nn.Module, Tensor]] = []
 
-    def stop(norm: nn.Module, args: tuple[Tensor]) -> None:
-        reached.append((norm, args[0]))
+    def stop(norm: nn.Module, x: Tensor) -> None:
+        reached.append((norm, x))
         raise Reached
 
-    handles = [norm.register_forward_pre_hook(stop) for norm in norms(model)]
+    handles = before_norms(model, stop)
     try:
-        model(x)
+        run(model, x)
     except Reached:
         return reached[0]
     finally:
@@ -112,9 +114,26 @@ def first_norm(model: nn.Module, x: Tensor) -> tuple[Any, Tensor]:
     raise ValueError("no BN with recorded statistics ran in this network: there is nothing to recognise it by")
 
 
-def norms(model: nn.Module) -> list[nn.Module]:
-    """The modules that hold statistics of their input."""
-    return [module for module in model.modules() if getattr(module, "running_var", None) is not None]
+def run(model: nn.Module, x: Tensor) -> None:
+    """A forward pass. ValueError for any error of the network's."""
+    try:
+        model(x)
+    except Exception as error:  # it may be anybody's code
+        if isinstance(error, Reached) or is_out_of_memory(error):
+            raise
+        raise ValueError(does_not_run(error)) from error
+
+
+def before_norms(model: nn.Module, call: Callable[[Any, Tensor], None]) -> list[Any]:
+    """Hooks that call `call` with every module that holds statistics of its input, and this input (N, C, H, W)."""
+
+    def hook(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = next(iter((*args, *kwargs.values())), None)
+        if isinstance(x, Tensor) and x.ndim == 4:  # not of vectors (N, C)
+            call(norm, x)
+
+    norms = [module for module in model.modules() if getattr(module, "running_var", None) is not None]
+    return [norm.register_forward_pre_hook(hook, with_kwargs=True) for norm in norms]
 
 
 def match_network(
@@ -144,13 +163,13 @@ def statistics_misfit(model: nn.Module, x: Tensor) -> float:
     assert not model.training
     misfits: list[Tensor] = []
 
-    def compare_statistics(norm: Any, args: tuple[Tensor]) -> None:
-        variance = args[0].var(dim=(0, 2, 3), correction=0)  # (N, C, H, W) -> (C,)
+    def compare_statistics(norm: Any, x: Tensor) -> None:
+        variance = x.var(dim=(0, 2, 3), correction=0)  # (N, C, H, W) -> (C,)
         misfits.append(log_ratio(variance.mean(), norm.running_var.mean()))
 
-    handles = [norm.register_forward_pre_hook(compare_statistics) for norm in norms(model)]
+    handles = before_norms(model, compare_statistics)
     try:
-        model(x)
+        run(model, x)
     finally:
         for handle in handles:
             handle.remove()

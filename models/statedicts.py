@@ -30,6 +30,10 @@ EMA_WRAPPERS = ("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "e
 INSIDE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # anywhere in a name
 FIRST_BLOCK = "layer1.0.conv1.weight"  # shows where in a larger state dict one of our networks is
 LEAVES = ("weight", "bias", "running_mean", "running_var")
+INERT = (  # what training scripts put beside the weights: it is passed over unseen
+    *("argparse.Namespace", "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib.Path"),
+    *("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
+)
 RENAMES = {"linear.": "fc.", ".shortcut.": ".downsample."}  # akamaster's names -> torchvision's
 
 
@@ -51,11 +55,22 @@ def read(path: Path, ema: bool = False) -> tuple[dict[str, Tensor], dict[str, An
     return tensors, card, note or chosen
 
 
+class PassedOver:
+    """Stands for an object of a class in `INERT`."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 def read_pickle(path: Path, ema: bool) -> tuple[dict[str, Tensor], dict[str, Any], str]:
     check_archive(path)
     with open(path, "rb") as file:
         try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([(PassedOver, name) for name in INERT]):
+                content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # garbage makes the unpickler raise anything
             wanted = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
             if wanted is None:

@@ -76,6 +76,7 @@ def import_place(spec: str, place: str) -> Any:
         assert found is not None  # a .py file has a loader
         assert found.loader is not None
         module = importlib.util.module_from_spec(found)
+        sys.modules.setdefault(path.stem, module)  # where dataclasses look for it
         call(spec, partial(found.loader.exec_module, module))
         return module
     return call(spec, partial(importlib.import_module, place))
@@ -85,5 +86,5 @@ def call(spec: str, function: Callable[[], Any]) -> Any:
     """What the user's code returns. ValueError, in one line, with what it raises."""
     try:
         return function()
-    except Exception as error:  # it is anybody's code
+    except (Exception, SystemExit) as error:  # it is anybody's code
         raise ValueError(f"--model {spec}: {type(error).__name__}: {' '.join(str(error).split())}") from error

@@ -236,6 +236,12 @@ def test_one_frame_is_enough_where_it_holds_two_networks(tmp_path, out, capsys):
     assert capsys.readouterr().err == f"error: {alone}: it holds one network; name another thing to compare it with\n"
 
 
+def test_labels_that_pandas_takes_for_nothing(tmp_path, out, capsys):
+    both = frame(tmp_path / "both.csv", lambda f: pd.concat([f.assign(network=name) for name in ("NA", "None")]))
+    assert run(both, "--out", out) == 0
+    assert "None vs NA" in capsys.readouterr().out
+
+
 BAD_FRAMES = {
     "edited": (lambda f: f.assign(std=[5, 5.1, 5]), "std, within and between of a, layer 2 do not belong together"),
     "negative": (lambda f: f.assign(std=[5, -5, 5]), "std, within and between of a, layer 2 do not belong together"),

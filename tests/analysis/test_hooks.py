@@ -473,6 +473,14 @@ def test_a_dictionary_is_split_and_what_forward_runs_is_not(monkeypatch, capsys)
         analysis.measure(network, [x], forward=lambda model, batch: model(batch))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_torch_jit_is_an_error():
+    scripted = torch.jit.trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), torch.randn(2, 3, 8, 8))
+    for network in (scripted, nn.Sequential(nn.Conv2d(3, 3, 3), scripted)):
+        with pytest.raises(ValueError, match=r"(the network|1) is a torch\.jit module, and hooks see nothing of what"):
+            analysis.measure(network, [torch.randn(2, 3, 8, 8)])
+
+
 def test_a_batch_whose_own_statistics_are_taken_is_not_split(monkeypatch):
     network = nn.Sequential(conv(), nn.BatchNorm2d(4, track_running_stats=False))
     short_of_memory(network, 3, MemoryError(), monkeypatch, fails_in="0")

@@ -104,6 +104,42 @@ def test_why_a_network_was_not_folded_is_said(cifar, tmp_path, capsys):
     assert "a: measured hooks: the output of conv goes elsewhere too\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("fails", ["True", "len(x) == 5"])  # when it is recognised, when it is measured
+def test_a_network_that_does_not_run_is_one_line(cifar, tmp_path, capsys, fails):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Sequential):\n"
+        "    def forward(self, x):\n"
+        f"        if {fails}:\n"
+        "            raise KeyError('pixels')\n"
+        "        return super().forward(x)\n"
+        "def net():\n"
+        "    return Net(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))\n"
+    )
+    state = {"0.weight": torch.randn(4, 3, 3, 3), "0.bias": torch.randn(4)}
+    state |= {f"1.{name}": torch.full((4,), 2.0) for name in ("weight", "bias", "running_mean", "running_var")}
+    torch.save(state, tmp_path / "a.pth")
+    words = ("--checkpoint", tmp_path / "a.pth", "--model", f"{tmp_path / 'mine.py'}:net", "--data", cifar[0])
+    assert run(*words, "--batch-size", 5, "--images", 10, "--out", tmp_path / "out") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: {tmp_path}/a.pth: the network does not run on these images (KeyError: 'pixels'); --debug shows where"
+    )
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_network_of_zeros_is_measured_and_computed(cifar, tmp_path, capsys):
+    network = build("resnet-8")
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.zeros_(module.weight)
+    checkpoints.save(tmp_path / "a.safetensors", network, PRESETS["[0,1]"], crop_padding="none", training={})
+    words = ("--checkpoint", tmp_path / "a.safetensors", "--data", cifar[0], "--source", "hooks", "batchnorm")
+    assert run(*words, "--precision", "bfloat16", "--out", tmp_path / "out") == 0
+    shown = capsys.readouterr().out
+    assert "  resnet-8: mean 0.0 %, largest 0.0 % in layer 1 (conv1), 7 layers of 7\n" in shown
+    assert "std in bfloat16 is 0.00 % from float32 in the mean over layers, 0.00 % in layer 1" in shown
+
+
 def test_convolutions_that_are_not_measured_are_named(cifar, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(
         "from torch import nn\n"

@@ -124,6 +124,27 @@ def test_the_samples_are_spread_over_sorted_data_sets(akamaster, real_test):
     assert (found.model.config.kind, found.preprocessing.name, found.warnings) == ("residual", "imagenet", [])
 
 
+class Head(nn.Module):
+    """A BN that takes its input by keyword, and one of vectors: as in VGGs."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.vectors = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return self.vectors(self.bn(input=self.conv(x)).mean((2, 3)))
+
+
+def test_bns_of_vectors_tell_nothing():
+    network, images = Head().eval(), blobs(64, seed=0)
+    normalise = PRESETS["[0,1]"]
+    network.bn.momentum = 1.0
+    network.bn.train()(network.conv(normalise(images)))
+    network.eval()
+    assert match_preprocessing(network, images, [normalise], ("none",)).misfit < 0.2
+    assert match_network([network], images, normalise, "none").misfit < 0.1
+
+
 def test_recognition_leaves_no_hooks_behind():
     network = ResNet(CONFIGS[0]).eval()
     match_network([network], blobs(4, seed=0), PRESETS["[0,1]"], "none")

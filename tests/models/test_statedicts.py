@@ -1,7 +1,10 @@
 """Other people's files: whatever they are wrapped in, the tensors come out under our names."""
 
 import re
+from argparse import Namespace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -42,8 +45,11 @@ def lightning(state, other):
 
 
 LAYOUTS = {
-    "torchvision's references": lambda s, o: {"model": s, "optimizer": {"state": {}}, "epoch": 3, "args": None},
-    "timm": lambda s, o: {"epoch": 3, "arch": "resnet", "state_dict": s, "version": 2, "metric": 0.5},
+    "torchvision's references": lambda s, o: {
+        "model": s, "optimizer": {"state": {}}, "epoch": 3, "args": Namespace(output_dir=Path("runs"), lr=0.1)
+    },
+    "timm": lambda s, o: {"epoch": 3, "arch": "resnet", "state_dict": s, "args": Namespace(), "version": 2},
+    "numbers of numpy": lambda s, o: {"model": s, "metric": np.float64(0.5), "best": {"epoch": np.int64(3)}},
     "timm with EMA": lambda s, o: {"state_dict": s, "state_dict_ema": o},
     "torchvision with EMA": lambda s, o: {
         "model": s, "model_ema": prefixed("module.", o) | {"n_averaged": torch.ones(())}

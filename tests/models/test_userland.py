@@ -21,6 +21,12 @@ def test_a_function_in_a_file(tmp_path):
     assert str(tmp_path) not in sys.path
 
 
+def test_a_file_with_a_dataclass(tmp_path):
+    head = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    (tmp_path / "with_dataclass.py").write_text(f"{head}{NETWORK}\n\n@dataclass\nclass Options:\n    depth: int = 8\n")
+    assert isinstance(build_from(f"{tmp_path}/with_dataclass.py:tiny"), torch.nn.Sequential)
+
+
 def test_a_function_in_a_module_of_the_working_folder(tmp_path):
     (tmp_path / "zoo_of_mine").mkdir()
     (tmp_path / "zoo_of_mine" / "nets.py").write_text(NETWORK)
@@ -73,6 +79,8 @@ def test_a_package_called_models_that_is_imported_first_is_named(tmp_path):
         ("mine.py:number", "--model mine.py:number: number() returns int, not a torch.nn.Module"),
         ("mine.py:broken", "--model mine.py:broken: ZeroDivisionError: division by zero"),
         ("mine.py:needy", "--model mine.py:needy: TypeError: needy() missing 1 required positional argument: 'depth'"),
+        ("mine.py:leave", "--model mine.py:leave: SystemExit: 0"),
+        ("leaves.py:f", "--model leaves.py:f: SystemExit: "),
         ("no_such_module:f", "--model no_such_module:f: ModuleNotFoundError: No module named 'no_such_module'"),
         ("syntax.py:f", "--model syntax.py:f: SyntaxError: "),
     ],
@@ -80,7 +88,9 @@ def test_a_package_called_models_that_is_imported_first_is_named(tmp_path):
 def test_what_does_not_work_is_one_line(spec, message, tmp_path):
     (tmp_path / "mine.py").write_text(
         "def number():\n    return 1\n\n\ndef broken():\n    return 1 / 0\n\n\ndef needy(depth):\n    return depth\n"
+        "\n\ndef leave():\n    raise SystemExit(0)\n"
     )
+    (tmp_path / "leaves.py").write_text("import sys\n\nsys.exit()\n")
     (tmp_path / "syntax.py").write_text("def (:\n")
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         build_from(spec)
