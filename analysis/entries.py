@@ -83,15 +83,13 @@ def describe_frames(entries: Sequence[Entry]) -> dict[str, Any]:
 
 
 def read_item(item: str, sources: list[str] | None, slots: list[tuple[Entry, Found]]) -> list[Entry]:
-    """One thing to compare; several where a frame holds several networks."""
+    """One thing to compare; several where a frame holds several networks, which a label goes before."""
     label, path = split_label(item)
     if path.suffix == ".csv":
-        found = []
-        for network, frame in read_frames(path, sources).items():
-            found.append(Entry(network if label is None else label, False, [frame], [None]))
-        if label is not None and len(found) > 1:
-            raise ValueError(f"{path}: it holds {len(found)} networks, so {label} cannot be the label of all")
-        return found
+        frames = read_frames(path, sources)
+        before = "" if label is None else f"{label} "
+        labels = [label] if label and len(frames) == 1 else [before + network for network in frames]
+        return [Entry(name, False, [frame], [None]) for name, frame in zip(labels, frames.values(), strict=True)]
     network_file = find_network(item)
     entry = Entry(label or network_file.path.stem, False)
     slots.append((entry, Found(entry.label, network_file.path)))

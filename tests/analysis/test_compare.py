@@ -236,6 +236,19 @@ def test_one_frame_is_enough_where_it_holds_two_networks(tmp_path, out, capsys):
     assert capsys.readouterr().err == f"error: {alone}: it holds one network; name another thing to compare it with\n"
 
 
+def test_the_same_networks_of_two_runs(tmp_path, out, capsys):
+    for run_of in ("first", "second"):
+        frame(tmp_path / f"{run_of}.csv", lambda f: pd.concat([f, f.assign(network="b")]))
+    files = [tmp_path / "first.csv", tmp_path / "second.csv"]
+    assert run(*files, "--out", out) == 2
+    assert "error: two things to compare are called a: name them, LABEL=ITEM\n" in capsys.readouterr().err
+    assert run(files[0], f"later={files[1]}", "--out", out) == 0
+    assert [line.split()[0:4] for line in capsys.readouterr().out.splitlines()[2:4]] == [
+        ["b", "vs", "a", "5.0000"],
+        ["later", "a", "vs", "a"],
+    ]
+
+
 def test_labels_that_pandas_takes_for_nothing(tmp_path, out, capsys):
     both = frame(tmp_path / "both.csv", lambda f: pd.concat([f.assign(network=name) for name in ("NA", "None")]))
     assert run(both, "--out", out) == 0
