@@ -238,6 +238,7 @@ def make_batches(
 
     from analysis.running import Parts
     from models.images import ImageFolder
+    from models.layouts import CLASSES
     from models.resnet import SIZES
 
     def normalise(part: Sequence[Tensor]) -> list[Tensor | tuple[Tensor, Tensor]]:
@@ -245,7 +246,9 @@ def make_batches(
         for network in networks:
             assert network.checkpoint.preprocessing is not None  # recognised at the latest, as there are images
             x = network.checkpoint.preprocessing(part[0])
-            labelled = len(part) > 1 and not (folder and folder.classes != classes(network))
+            known = classes(network)
+            theirs = known == folder.classes if folder else known in (None, len(CLASSES))
+            labelled = len(part) > 1 and theirs
             batches.append((x, part[1]) if labelled else x)
         return batches
 

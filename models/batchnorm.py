@@ -27,6 +27,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     import pandas as pd
 
+AFFINE, STATISTICS = ("weight", "bias"), ("running_mean", "running_var", "num_batches_tracked")
 EPSILON = 1e-5  # torch's default; a state dict does not say it
 
 
@@ -37,7 +38,8 @@ def closed_form(network: nn.Module | Mapping[str, Tensor], kernel_size: tuple[in
     the convolutions. Returns a frame, one row a layer: layer, name, norm, stage (it changes where the number of
     channels does), channels, mean, std, within, between. Which BN follows a convolution is read off names, channels
     and the order of the tensors (see `pair_by_name`); `frame.attrs["ambiguous"]` lists the pairs for which these do not
-    agree. Raises ValueError where no convolution of that kernel is followed by a BN of as many channels.
+    agree. Raises ValueError where no convolution of that kernel is followed by a BN of as many channels, or where a BN
+    has only one of weight and bias, or others in their place.
     """
     import pandas as pd
 
@@ -67,6 +69,7 @@ def closed_form(network: nn.Module | Mapping[str, Tensor], kernel_size: tuple[in
 
 def describe(state: Mapping[str, Tensor], norm: str, epsilon: float) -> tuple[int, dict[str, float]]:
     """The number of channels of a BN, and the mean, std, within and between of its output."""
+    check_affine(state, norm)
     variance = state[f"{norm}.running_var"].double()  # (C,)
     gamma, beta = (
         state[key].double() if (key := f"{norm}.{leaf}") in state else torch.full_like(variance, neutral)
@@ -76,6 +79,18 @@ def describe(state: Mapping[str, Tensor], norm: str, epsilon: float) -> tuple[in
     between2 = beta.var(correction=0).item()
     spread = {"std": (within2 + between2) ** 0.5, "within": within2**0.5, "between": between2**0.5}
     return len(beta), spread | {"mean": beta.mean().item()}
+
+
+def check_affine(state: Mapping[str, Tensor], norm: str) -> None:
+    """ValueError unless a BN has gamma and beta, or neither of them, nor anything that may be them."""
+    affine = [leaf for leaf in AFFINE if f"{norm}.{leaf}" in state]
+    if len(affine) == 2:
+        return
+    leaves = [key.removeprefix(f"{norm}.") for key in state if key.startswith(f"{norm}.")]
+    beside = affine or [leaf for leaf in leaves if "." not in leaf and leaf not in STATISTICS]
+    if beside:
+        missing = " and ".join(leaf for leaf in AFFINE if leaf not in affine)
+        raise ValueError(f"{norm} has no {missing} beside its {', '.join(beside)}: what it puts out cannot be told")
 
 
 def pair_by_name(state: Mapping[str, Tensor]) -> list[tuple[str, str, bool]]:

@@ -71,6 +71,22 @@ def test_a_state_dict_gives_the_same_as_its_network():
     assert closed_form(network.state_dict()).equals(closed_form(network))
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("weight",), "bn1 has no bias beside its weight: what it puts out cannot be told"),
+        (("bias",), "bn1 has no weight beside its bias: "),
+        (("gamma", "beta"), "bn1 has no weight and bias beside its gamma, beta: "),
+    ],
+)
+def test_a_bn_without_what_it_is_computed_from(names, message):
+    state = build("plain-8").state_dict()
+    del state["bn1.weight"], state["bn1.bias"]
+    assert len(closed_form(state)) == 7  # neither: a BN that only normalises
+    with pytest.raises(ValueError, match=message):
+        closed_form(state | {f"bn1.{name}": torch.ones(16) for name in names})
+
+
 def test_other_kernels_are_left_out():
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5))
     assert closed_form(network)["name"].tolist() == ["2"]
