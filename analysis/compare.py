@@ -118,7 +118,7 @@ def describe_pairs(pairs: Sequence[tuple[Entry, Entry]]) -> str:
             {
                 "second vs first": f"{second.label} vs {first.label}",
                 "mean std": f"{second.curve['std'].mean():.4f} vs {first.curve['std'].mean():.4f}",
-                "ratio": f"{found['ratio']:.3f}",
+                "ratio": dash(found["ratio"]),
                 "largest difference": f"{found['largest']:+.4f} in {found['layer']} ({found['name']})",
                 "r": dash(found["r"]),
                 "rank r": dash(found["rho"]),

@@ -77,10 +77,11 @@ def check_single(frame: pd.DataFrame) -> pd.DataFrame:
 def summarise_pair(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, Any]:
     """Two networks in a few numbers; arguments as for `compare_frames`.
 
-    ratio: mean std of the second over that of the first. largest, layer, name: the largest difference of a layer
-    (second - first) and where it is. r, rho: Pearson's and Spearman's correlation over layers, NaN where there are
-    fewer than three or one curve is constant. area: between the curves sorted by magnitude, as functions of the
-    relative rank: in units of std. identical: the same numbers in every layer of networks of one layout.
+    ratio: mean std of the second over that of the first, NaN where that is 0. largest, layer, name: the largest
+    difference of a layer (second - first) and where it is. r, rho: Pearson's and Spearman's correlation over layers,
+    NaN where there are fewer than three or one curve is constant. area: between the curves sorted by magnitude, as
+    functions of the relative rank: in units of std. identical: the same numbers in every layer of networks of one
+    layout.
     """
     layers = compare_frames(first, second)
     worst = layers.loc[layers["difference"].abs().idxmax()]
@@ -88,7 +89,7 @@ def summarise_pair(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, Any]:
     at = positions(min(map(len, falling)))
     ranked = [np.interp(at, positions(len(curve)), curve) for curve in falling]
     return {
-        "ratio": second["std"].mean() / first["std"].mean(),
+        "ratio": second["std"].mean() / first["std"].mean() if first["std"].any() else float("nan"),
         "largest": worst["difference"],
         "layer": int(worst["layer"]),
         "name": str(worst["name"]),

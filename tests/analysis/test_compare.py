@@ -249,6 +249,12 @@ def test_the_same_networks_of_two_runs(tmp_path, out, capsys):
     ]
 
 
+def test_a_network_of_zeros_has_no_ratio(tmp_path, out, capsys):
+    zeros = frame(tmp_path / "zeros.csv", lambda f: f.assign(std=0.0, within=0.0, between=0.0))
+    assert run(f"zeros={zeros}", f"b={frame(tmp_path / 'b.csv')}", "--out", out) == 0
+    assert "b vs zeros 5.0000 vs 0.0000 - +5.0000 in 1" in " ".join(capsys.readouterr().out.split())
+
+
 def test_labels_that_pandas_takes_for_nothing(tmp_path, out, capsys):
     both = frame(tmp_path / "both.csv", lambda f: pd.concat([f.assign(network=name) for name in ("NA", "None")]))
     assert run(both, "--out", out) == 0
