@@ -116,9 +116,7 @@ def test_a_network_that_does_not_run_is_one_line(cifar, tmp_path, capsys, fails)
         "def net():\n"
         "    return Net(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))\n"
     )
-    state = {"0.weight": torch.randn(4, 3, 3, 3), "0.bias": torch.randn(4)}
-    state |= {f"1.{name}": torch.full((4,), 2.0) for name in ("weight", "bias", "running_mean", "running_var")}
-    torch.save(state, tmp_path / "a.pth")
+    torch.save(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).state_dict(), tmp_path / "a.pth")
     words = ("--checkpoint", tmp_path / "a.pth", "--model", f"{tmp_path / 'mine.py'}:net", "--data", cifar[0])
     assert run(*words, "--batch-size", 5, "--images", 10, "--out", tmp_path / "out") == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
