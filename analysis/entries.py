@@ -66,7 +66,7 @@ def read_entries(args: argparse.Namespace) -> tuple[list[Entry], dict[str, Any]]
             entry.frames.append(frame)
             entry.states.append(network.checkpoint.state)
     leave()  # where nothing was to be measured, all processes are still here
-    check_frames(entries)
+    check_frames(entries, args.source)
     return entries, provenance | describe_frames(entries)
 
 
@@ -131,6 +131,8 @@ def read_frames(path: Path, sources: list[str] | None) -> dict[str, pd.DataFrame
         label = check_label(str(name))
         there = set(layers["source"])
         wanted = sources[0] if sources and sources[0] in there else layers["source"].iloc[0]
+        if sources and wanted != sources[0]:
+            print(f"warning: {label}: {path} has no numbers from {sources[0]}, only from {wanted}", file=sys.stderr)
         layers = layers[layers["source"] == wanted].reset_index(drop=True)
         if layers["layer"].tolist() != list(range(1, len(layers) + 1)):
             raise ValueError(
@@ -184,7 +186,7 @@ def check_labels(labels: Sequence[str]) -> None:
             raise ValueError(f"two things to compare are called {label}: name them, LABEL=ITEM")
 
 
-def check_frames(entries: Sequence[Entry]) -> None:
+def check_frames(entries: Sequence[Entry], asked: list[str] | None) -> None:
     """ValueError where a group's networks differ in layout, or are the same; a line where sources are mixed."""
     from analysis.differences import same_layout
 
@@ -204,7 +206,8 @@ def check_frames(entries: Sequence[Entry]) -> None:
                 )
     sources = {frame["source"].iloc[0] for entry in entries for frame in entry.frames}
     if len(sources) > 1:
-        print("warning: measured networks are compared with closed forms: --source makes them alike", file=sys.stderr)
+        advice = "" if asked else "; --source makes them alike"
+        print(f"warning: measured networks are compared with closed forms{advice}", file=sys.stderr)
 
 
 def same_tensors(first: Entry, second: Entry) -> bool:

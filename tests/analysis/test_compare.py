@@ -197,10 +197,18 @@ def test_the_public_checkpoints_with_each_other_and_with_shipped_networks(akamas
 def test_of_a_frame_with_both_sources_the_one_asked_for_is_taken(tmp_path, out, capsys):
     both = lambda f: pd.concat([f, f.assign(source="batchnorm", std=10.0, within=6.0, between=8.0)])  # noqa: E731
     a, b = frame(tmp_path / "a.csv", both), frame(tmp_path / "b.csv", lambda f: f.assign(network="b"))
-    for source, expected in (([], [5.0] * 3), (["--source", "batchnorm"], [10.0] * 3)):
-        assert run(a, b, *source, "--out", out) == 0
+    c = frame(tmp_path / "c.csv", lambda f: f.assign(network="c", source="batchnorm"))
+    for other, source, expected in ((b, [], [5.0] * 3), (c, ["--source", "batchnorm"], [10.0] * 3)):
+        assert run(a, other, *source, "--out", out) == 0
         assert pd.read_csv(out / "compare.csv")["std_first"].tolist() == expected
-    assert "warning: measured networks are compared with closed forms" in capsys.readouterr().err
+    assert capsys.readouterr().err == ""
+    assert run(a, c, "--out", out) == 0
+    alike = "warning: measured networks are compared with closed forms; --source makes them alike\n"
+    assert capsys.readouterr().err == alike
+    assert run(a, b, "--source", "batchnorm", "--out", out) == 0
+    warnings = capsys.readouterr().err.splitlines()
+    assert warnings[0] == f"warning: b: {b} has no numbers from batchnorm, only from hooks"
+    assert warnings[1:] == ["warning: measured networks are compared with closed forms"]
 
 
 def test_too_many_relabelings_are_said_and_the_rest_is_done(tmp_path, out, capsys):

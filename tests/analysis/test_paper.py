@@ -88,6 +88,21 @@ def test_verdicts(networks, below, deeper):
     assert verdicts(judge(frame(**networks)))[:2] == [below, deeper]
 
 
+def test_networks_for_other_images_are_not_compared():
+    """resnet-34 is for ImageNet, resnet-20 and resnet-56 for CIFAR-10, and there may be a resnet-50 for either."""
+    networks = frame(residual_20=[1.0] * 3, residual_34=[2.0] * 4, residual_56=[3.0] * 3, plain_34=[1.0] * 3)
+    cifar = networks["depth"].isin([20, 56]) | (networks["kind"] == "plain")
+    widths = networks["layer"].map({1: 16, 2: 32, 3: 64}).where(cifar, 2 ** (networks["layer"] + 5))
+    below, deeper, _ = (found for _, found in judge(networks.assign(channels=widths)).groupby("claim"))
+    assert below["verdict"].tolist() == OPEN
+    assert deeper["networks"].tolist() == ["residual-56, residual-20"]
+
+
+def test_equal_means_are_neither_more_nor_less():
+    claims = judge(frame(residual_20=[1.0, 3.0], plain_20=[2.0, 2.0]))
+    assert claims["sentence"][0] == "residual-20 has a mean std of 2.000, as much as plain-20 (2.000)"
+
+
 def test_the_numbers_of_the_first_two_claims():
     claims = judge(frame(residual_56=[1.0, 3.0], plain_56=[1.5, 2.0], residual_20=[4.0, 4.0]))
     assert list(claims.columns) == list(CLAIM_COLUMNS)
