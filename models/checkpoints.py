@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from models.files import replacing, sha256
 from models.preprocess import PADDINGS, PER_PIXEL, PRESETS, Preprocessing, mean_image, per_pixel
-from models.recognition import FITS, Match, label, match_network, match_preprocessing
+from models.recognition import FITS, Match, NothingRecorded, label, match_network, match_preprocessing
 from models.resnet import BLOCKS, KINDS, SIZES, Config, ResNet
 from models.statedicts import EXPECTED, read, rename
 
@@ -126,7 +126,12 @@ def recognise(
     how, padding = dict(checkpoint.how), checkpoint.crop_padding
     warnings: list[str] = []
     candidates = normalisations or [*PRESETS.values(), per_pixel(mean_image(images))]
-    inputs = match_preprocessing(models[0], images, candidates, (padding,) if padding else PADDINGS)
+    try:
+        inputs = match_preprocessing(models[0], images, candidates, (padding,) if padding else PADDINGS)
+    except NothingRecorded:
+        if not normalisations:
+            raise
+        return checkpoint
     preprocessing, padding = inputs.best
     matches: list[tuple[str, Match[Any]]] = [("preprocessing", inputs)]
     if how["kind"] != "card":

@@ -95,8 +95,12 @@ class Reached(Exception):
     """The forward pass has come as far as is needed."""
 
 
+class NothingRecorded(ValueError):
+    """No BN with recorded statistics ran."""
+
+
 def first_norm(model: nn.Module, x: Tensor) -> tuple[Any, Tensor]:
-    """The BN that runs first, and its input (N, C, H, W) for images x. ValueError where the network has none."""
+    """The BN that runs first, and its input (N, C, H, W) for images x. NothingRecorded where the network has none."""
     reached: list[tuple[nn.Module, Tensor]] = []
 
     def stop(norm: nn.Module, x: Tensor) -> None:
@@ -111,7 +115,9 @@ def first_norm(model: nn.Module, x: Tensor) -> tuple[Any, Tensor]:
     finally:
         for handle in handles:
             handle.remove()
-    raise ValueError("no BN with recorded statistics ran in this network: there is nothing to recognise it by")
+    raise NothingRecorded(
+        "no BN with recorded statistics ran in this network, so its preprocessing cannot be recognised: say --normalize"
+    )
 
 
 def run(model: nn.Module, x: Tensor) -> None:

@@ -173,6 +173,25 @@ def test_a_network_of_ones_own(own, cifar, tmp_path, capsys):
     assert frame["std"].tolist() == pytest.approx(expected, rel=1e-5)
 
 
+def test_without_recorded_statistics_the_preprocessing_must_be_said(tmp_path, cifar, capsys):
+    norm = nn.BatchNorm2d(4, track_running_stats=False)  # it takes the batch's own, also in evaluation mode
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), norm)
+    nn.init.normal_(norm.bias)
+    torch.save(network.state_dict(), tmp_path / "own.pt")
+    builder = f"def tiny():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.{norm})\n"
+    (tmp_path / "mynet.py").write_text(f"from torch import nn\n\n\n{builder}")
+    words = ("--checkpoint", tmp_path / "own.pt", "--model", f"{tmp_path}/mynet.py:tiny", "--data", cifar)
+    assert run(*words, "--out", tmp_path / "none") == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path / 'own.pt'}: no BN with recorded statistics ran in this network, so its preprocessing "
+        "cannot be recognised: say --normalize\n"
+    )
+    assert run(*words, "--normalize", "[0,1]", "--out", tmp_path / "out") == 0
+    assert "own: preprocessing [0,1] (given)\n" in capsys.readouterr().out
+    expected = network(PRESETS["[0,1]"](blobs(20, seed=0))).std(correction=0).item()
+    assert frame_of(tmp_path / "out")["std"].tolist() == pytest.approx([expected], rel=1e-3)  # in other batches
+
+
 def test_without_its_builder_there_are_two_ways_on(own, cifar, tmp_path, capsys):
     words = ("--checkpoint", tmp_path / "own.ckpt", "--out", tmp_path / "out")
     assert run(*words, "--data", cifar) == 2
