@@ -143,6 +143,8 @@ def describe_groups(pairs: Sequence[tuple[Entry, Entry]]) -> list[str]:
                 for entry in (first, second)
             ]
             lines.append("\n".join([*values, f"{second.label} - {first.label}: {describe_test(first, second)}"]))
+    if len(lines) > 1:
+        lines.append(f"{len(lines)} pairs of groups: each p is of one alone, and times {len(lines)} a bound for all")
     return lines
 
 
@@ -162,9 +164,14 @@ def describe_test(first: Entry, second: Entry) -> str:
         else f"95 % interval {test.interval[0]:+.4f} to {test.interval[1]:+.4f}"
     )
     return (
-        f"{test.difference:+.4f}, p = {test.p:.4f} (permutation of networks, two-sided; the smallest that {sizes} can "
-        f"give is {test.smallest:.4f}); {interval}"
+        f"{test.difference:+.4f}, p = {small(test.p)} (permutation of networks, two-sided; the smallest that {sizes} can "
+        f"give is {small(test.smallest)}); {interval}"
     )
+
+
+def small(p: float) -> str:
+    """A probability, which an exact test never makes 0."""
+    return f"{p:.4f}" if p >= 0.001 else f"{p:.1e}"
 
 
 if __name__ == "__main__":

@@ -172,7 +172,9 @@ def training_card(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def check_snapshot(checkpoint: Checkpoint, recipe: Recipe) -> None:
-    """ValueError unless a file is a snapshot of the run with this recipe."""
+    """ValueError unless a file is a snapshot of the run with this recipe, which may have gone on elsewhere."""
+    from models.training import ANYWHERE
+
     card = training_card(checkpoint)
     if not (type(card.get("iteration")) is int and type(card.get("current_lr")) is float):
         raise ValueError(
@@ -184,7 +186,7 @@ def check_snapshot(checkpoint: Checkpoint, recipe: Recipe) -> None:
             f"learning rate of {card['current_lr']}; move it away"
         )
     for name, value in asdict(recipe).items():
-        if card.get(name) != value:
+        if name not in ANYWHERE and card.get(name) != value:
             raise ValueError(
                 f"{checkpoint.path}: a snapshot of another run: {name} is {card.get(name)} in its card and {value} in "
                 f"{CONFIG}; move it away"

@@ -208,6 +208,12 @@ def check_frames(entries: Sequence[Entry], asked: list[str] | None) -> None:
     if len(sources) > 1:
         advice = "" if asked else "; --source makes them alike"
         print(f"warning: measured networks are compared with closed forms{advice}", file=sys.stderr)
+    counts = {
+        int(frame["images"].iloc[0]) for entry in entries for frame in entry.frames if frame["images"].notna().all()
+    }
+    if len(counts) > 1:
+        numbers = ", ".join(f"{count:,}" for count in sorted(counts))
+        print(f"warning: the networks were measured on different images ({numbers} of them)", file=sys.stderr)
 
 
 def same_tensors(first: Entry, second: Entry) -> bool:

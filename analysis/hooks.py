@@ -25,7 +25,7 @@ from analysis.frame import make_frame
 from analysis.pairs import Layer, Recording, is_norm, is_wrapper, recording
 from analysis.running import Parts, compare_labels, count_images, device_of, run
 from analysis.threads import Shared, alone
-from models.resnet import Config
+from models.resnet import config_of
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -89,13 +89,13 @@ def measure(
 ) -> pd.DataFrame:
     """The std of every layer's response over all images: the frame, one row a layer (see analysis.frame).
 
-    model: any network, on any device; it is left as it was. batches: image tensors (N, C, H, W), (images, labels), or
-    dicts of tensors that the network takes as keywords, already normalised; where memory is short, they run in
-    halves, and a line on stderr says so (not what `forward` runs). precision: `float32`, or `bfloat16` for
-    autocast. kernel_size: of the convolutions that are measured. grouped: False leaves out convolutions of several
-    groups. forward: runs the model on one batch of any other type, brings it to the model's device and returns the
-    output; the images of a batch are counted from the first tensor in it. progress: called with the number of images
-    after each batch.
+    model: any network, on a CPU or a CUDA GPU; it is left as it was. batches: image tensors (N, C, H, W), (images,
+    labels), or dicts of tensors that the network takes as keywords, already normalised; where memory is short, they run
+    in halves, and a line on stderr says so (not what `forward` runs). precision: `float32`, or `bfloat16` for autocast.
+    kernel_size: of the convolutions that are measured. grouped: False leaves out convolutions of several groups.
+    forward: runs the model on one batch of any other type, brings it to the model's device and returns the output; the
+    images of a batch are counted from the first tensor in it. progress: called with the number of images after each
+    batch.
 
     `frame.attrs["path"]` is `folded`, or `hooks: ` and why the network was not folded. `frame.attrs["unpaired"]` lists
     the convolutions of that kernel with an output that went into no BN unchanged. `frame.attrs["accuracy"]` is the
@@ -144,6 +144,8 @@ def measuring(
     device = device_of(model).type
     if device == "meta":
         raise ValueError("the network is on the meta device, where tensors have no values: load its weights first")
+    if device == "mps":
+        raise ValueError("the network is on mps, which has no float64 to add up in: move it to the CPU to measure it")
     autocast = torch.autocast(device, PRECISIONS[precision], enabled=precision != "float32")
     why_not = "forward= runs the network" if forward else obstacle(model)
     why_whole = "which forward= runs" if forward else whole(model)
@@ -312,21 +314,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def config_of(model: nn.Module) -> Config | None:
-    """That of one of our networks: others have a `config` of another meaning."""
-    config = getattr(unwrapped(model), "config", None)
-    return config if isinstance(config, Config) else None
-
-
 def network_in(model: nn.Module) -> tuple[str, int | None]:
     """Kind and depth, without the wrappers around it."""
-    config = config_of(model)
+    config = config_of(unwrapped(model))
     return (config.kind, config.depth) if config else ("other", None)
 
 
 def name_of(model: nn.Module) -> str:
     """Such as `resnet-56`; the class of a network that is none of ours."""
-    config = config_of(model)
+    config = config_of(unwrapped(model))
     return config.name if config else type(unwrapped(model)).__name__
 
 

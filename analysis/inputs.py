@@ -9,6 +9,7 @@ The options are the same in every command (`add_options`), and so is the way fro
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import tempfile
@@ -241,7 +242,7 @@ def find_data(args: argparse.Namespace, checkpoints: list[Checkpoint]) -> Data |
     sizes = {checkpoint.config.images for checkpoint in checkpoints if checkpoint.config is not None}
     if len(sizes) > 1:
         raise ValueError("networks for 32x32 and for 224x224 images in one command: measure them in two")
-    data = find_folder(args, sizes) if sizes == {"imagenet"} else find_cifar10(args, sizes)
+    data = find_folder(args) if sizes == {"imagenet"} else find_cifar10(args, sizes)
     if data is not None:
         if args.images and args.images > len(data):
             raise ValueError(f"--images {args.images}: there are {len(data)} images in {data.path}")
@@ -249,7 +250,7 @@ def find_data(args: argparse.Namespace, checkpoints: list[Checkpoint]) -> Data |
     return data
 
 
-def find_folder(args: argparse.Namespace, sizes: set[str]) -> ImageFolder | None:
+def find_folder(args: argparse.Namespace) -> ImageFolder | None:
     """A folder of images for networks of 224x224 input."""
     from models.images import ImageFolder
 
@@ -278,11 +279,14 @@ def find_cifar10(args: argparse.Namespace, sizes: set[str]) -> Data | None:
         return cifar10.load(place_of(args.data), args.split)
     except (NoData, WrongSize) as error:
         if args.data and not sizes and args.data.is_dir():
-            return find_folder(args, sizes)
-        if args.data:
+            return find_folder(args)
+        if args.data or os.environ.get("CIFAR10"):
             raise
         if sizes == {"cifar"} and args.split == "test":
-            print(f"{error}. The probe set stands for them (--data cifar10 asks for no stand-in)", file=sys.stderr)
+            whole = ", all of it whatever --images says" if args.images else ""
+            print(
+                f"{error}. The probe set stands for them{whole} (--data cifar10 asks for no stand-in)", file=sys.stderr
+            )
             args.images = None
             return find_probe(args)
         if args.source:

@@ -10,7 +10,7 @@ The paper is He et al., "Deep Residual Learning for Image Recognition", CVPR 201
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from itertools import product
@@ -49,25 +49,29 @@ def against_paper(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def judge(frame: pd.DataFrame, blocks: pd.DataFrame | None = None) -> pd.DataFrame:
+def judge(
+    frame: pd.DataFrame, blocks: pd.DataFrame | None = None, iterations: Mapping[str, int | None] | None = None
+) -> pd.DataFrame:
     """The paper's three statements about Fig. 7, judged on the networks of a frame.
 
     frame: one source for all networks (see analysis.frame). blocks: the blocks of their residual networks (see
-    analysis.branches), which the third statement is about. One row a number: claim (1 to 3), statement, networks (whose
-    it is), measure, value, expected (`< 0` or `> 0.5`), verdict and sentence. A verdict is `holds` where the value is
-    as the paper says, else `does not hold`; a statement that no two networks here can decide has one row with `cannot
-    be judged here` and no value. Layers of two networks are compared at the same position, as in Fig. 7;
+    analysis.branches), which the third statement is about. iterations: for how many networks were trained, by label,
+    where that is known: a sentence about two that differ says so. One row a number: claim (1 to 3), statement, networks
+    (whose it is), measure, value, expected (`< 0` or `> 0.5`), verdict and sentence. A verdict is `holds` where the
+    value is as the paper says, else `does not hold`; a statement that no two networks here can decide has one row with
+    `cannot be judged here` and no value. Layers of two networks are compared at the same position, as in Fig. 7;
     networks for CIFAR-10 and for ImageNet are not.
     """
     rows: list[dict[str, Any]] = []
     for number, (statement, measures, why_not) in enumerate(zip(STATEMENTS, MEASURES, WHY_NOT, strict=True), start=1):
         claim = {"claim": number, "statement": statement}
         found = list(measures(frame, blocks))
-        nothing = Number("", "", math.nan, "", why_not)
+        nothing = Number((), "", math.nan, "", why_not)
         for item in found or [nothing]:
             holds = item.value < 0 if item.expected == "< 0" else item.value > 0.5
             verdict = ("holds" if holds else "does not hold") if found else "cannot be judged here"
-            rows.append(claim | asdict(item) | {"verdict": verdict})
+            words = {"networks": ", ".join(item.networks), "sentence": item.sentence + lengths(item, iterations or {})}
+            rows.append(claim | asdict(item) | words | {"verdict": verdict})
     return pd.DataFrame(rows)[list(CLAIM_COLUMNS)]
 
 
@@ -75,11 +79,19 @@ def judge(frame: pd.DataFrame, blocks: pd.DataFrame | None = None) -> pd.DataFra
 class Number:
     """What one statement says of two networks, as a number, and in words."""
 
-    networks: str
+    networks: tuple[str, ...]
     measure: str
     value: float
     expected: str
     sentence: str
+
+
+def lengths(number: Number, iterations: Mapping[str, int | None]) -> str:
+    """For how many iterations the two networks were trained, in words; empty where that is equal or not known."""
+    known = [iterations.get(network) for network in number.networks]
+    if None in known or len(set(known)) < 2:
+        return ""
+    return f"; after {' and '.join(f'{count:,}' for count in known)} iterations"
 
 
 def below_plain(frame: pd.DataFrame, blocks: pd.DataFrame | None) -> Iterator[Number]:
@@ -92,7 +104,7 @@ def below_plain(frame: pd.DataFrame, blocks: pd.DataFrame | None) -> Iterator[Nu
         both = ours.merge(plain, on="layer", suffixes=("", "_plain"))
         below = both["std"] < both["std_plain"]
         sentence = f"{names[0]} is below {names[1]} in {below.sum()} of {len(both)} layers"
-        yield Number(", ".join(names), "share of layers below", below.mean(), "> 0.5", sentence)
+        yield Number(names, "share of layers below", below.mean(), "> 0.5", sentence)
 
 
 def order_of_means(frame: pd.DataFrame, blocks: pd.DataFrame | None) -> Iterator[Number]:
@@ -111,7 +123,7 @@ def smaller_steps(frame: pd.DataFrame, blocks: pd.DataFrame | None) -> Iterator[
         if set(names) <= set(medians.index):
             ours, theirs = medians[names[0]], medians[names[1]]
             yield Number(
-                ", ".join(names), "difference of median ratios of branch to shortcut", ours - theirs, "< 0",
+                names, "difference of median ratios of branch to shortcut", ours - theirs, "< 0",
                 f"a block's branch has {ours:.3f} times the std of its shortcut in {names[0]}, {theirs:.3f} times in "
                 f"{names[1]} (medians over blocks)",
             )  # fmt: skip
@@ -123,7 +135,7 @@ def difference(ours: pd.DataFrame, theirs: pd.DataFrame, names: tuple[str, str])
     value = means[0] - means[1]
     percent = f"{abs(100 * value / means[1]):.1f} % {'less' if value < 0 else 'more'} than" if value else "as much as"
     sentence = f"{names[0]} has a mean std of {means[0]:.3f}, {percent} {names[1]} ({means[1]:.3f})"
-    return Number(", ".join(names), "difference of mean std", value, "< 0", sentence)
+    return Number(names, "difference of mean std", value, "< 0", sentence)
 
 
 def networks(frame: pd.DataFrame, kind: str) -> list[tuple[Any, pd.DataFrame]]:

@@ -14,7 +14,16 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from analysis.inputs import Found, Network, add_options, check_folder, check_options, positive, split_label
+from analysis.inputs import (
+    Found,
+    Network,
+    add_options,
+    check_folder,
+    check_options,
+    positive,
+    split_label,
+    trained,
+)
 from analysis.outputs import (
     add_page_option,
     as_csv,
@@ -92,7 +101,8 @@ def run(args: argparse.Namespace) -> None:
     for part in frames:
         part.attrs.clear()
     frame = pd.concat(frames, ignore_index=True)
-    claims = judge(frame[frame["source"] == plan.sources[0]], measure_blocks(args, plan))
+    iterations = {network.label: trained(network.checkpoint) for network in plan.networks}
+    claims = judge(frame[frame["source"] == plan.sources[0]], measure_blocks(args, plan), iterations)
     figures = {
         "fig7": draw_fig7(frame, None if args.no_paper else curves(), note=short_runs(plan.networks)),
         "decomposition": draw_decomposition(frame),
@@ -161,8 +171,6 @@ def find_checkpoints(args: argparse.Namespace) -> list[Found]:
 
 def short_runs(networks: list[Network]) -> str:
     """Which networks were trained for less than the paper's number of iterations, in words for the figure."""
-    from analysis.inputs import trained
-
     lengths: dict[int, list[str]] = {}
     for network in networks:
         iterations = trained(network.checkpoint)

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from functools import partial, reduce
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help 
     from analysis.hooks import Result
     from analysis.inputs import Data, Network, Plan
 
-BLOCK_IMAGES = 512  # on which residual blocks are measured
+BLOCK_IMAGES = 1000  # on which residual blocks are measured: the whole probe set, and enough of others
 RESPONSE = 64  # bytes a pixel of the image, of the first stage's: 16 channels, or 64 at half the size, in float32
 FEW = 16  # images in the first batch, which runs through the network itself: the others are cheaper
 SHOWN = 3  # names that a line lists
@@ -106,9 +107,16 @@ def compute(network: Network) -> pd.DataFrame:
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from error
     kind, depth = ("other", None) if config is None else (config.kind, config.depth)
-    if ambiguous := rows.attrs.pop("ambiguous"):
-        line = f"names and order of the tensors do not agree on {list_names(ambiguous)}: a forward pass tells"
-        checkpoint.warnings.append(line)
+    unpaired, ambiguous = rows.attrs.pop("unpaired"), rows.attrs.pop("ambiguous")
+    if unpaired:
+        print(f"{network.label}: not computed, no BN seems to take in their output: {list_names(unpaired)}")
+    warnings = []
+    if rows.attrs.pop("sorted"):
+        warnings.append("the tensors are sorted by name, and so are the layers: --model and a forward pass tell")
+    if ambiguous:
+        warnings.append(f"names and order of the tensors do not agree on {list_names(ambiguous)}: a forward pass tells")
+    checkpoint.warnings.extend(warnings)
+    for line in warnings:
         print(f"warning: {network.label}: {line}", file=sys.stderr)
     return make_frame(rows, network=network.label, kind=kind, depth=depth, source="batchnorm")
 
@@ -192,7 +200,7 @@ def named(network: Network) -> Iterator[None]:
 
 
 def measure_blocks(args: argparse.Namespace, plan: Plan) -> pd.DataFrame | None:
-    """Branch and shortcut of every residual block, on the first images; None where nothing runs on images."""
+    """Branch and shortcut of every residual block, on some images; None where nothing runs on images."""
     import pandas as pd
 
     from analysis.branches import recording_blocks
@@ -201,7 +209,7 @@ def measure_blocks(args: argparse.Namespace, plan: Plan) -> pd.DataFrame | None:
 
     if plan.data is None:
         return None
-    total = min(BLOCK_IMAGES, args.images or len(plan.data))
+    some = evenly_spaced(plan.data, args.images or len(plan.data), BLOCK_IMAGES)
     with ExitStack() as stack:
         records = []
         for network in plan.networks:
@@ -210,7 +218,7 @@ def measure_blocks(args: argparse.Namespace, plan: Plan) -> pd.DataFrame | None:
             if record.blocks:
                 records.append((network, record, Parts(network.label)))
         networks = [network for network, _, _ in records]
-        for batches in make_batches(args, plan.data, networks, 0, total) if networks else ():
+        for batches in make_batches(args, some, networks, 0, len(some)) if networks else ():
             for (network, record, parts), batch in zip(records, batches, strict=True):
                 with named(network):
                     list(parts(batch, record.whole_pass()(partial(run, network.model))))
@@ -219,6 +227,18 @@ def measure_blocks(args: argparse.Namespace, plan: Plan) -> pd.DataFrame | None:
         with named(network):
             frames.append(record.to_frame(network.label))
     return pd.concat(frames) if frames else None
+
+
+def evenly_spaced(data: Data, total: int, count: int) -> Data:
+    """At most `count` of the first `total` images, without labels: in class folders the first are of few classes."""
+    import numpy as np
+
+    from models.images import ImageFolder
+
+    chosen = np.linspace(0, total - 1, min(count, total)).astype(int)
+    if isinstance(data, ImageFolder):
+        return replace(data, files=[data.files[i] for i in chosen], labels=None)
+    return replace(data, images=data.images[chosen], labels=None)
 
 
 def classes(network: Network) -> int | None:

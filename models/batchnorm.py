@@ -38,8 +38,10 @@ def closed_form(network: nn.Module | Mapping[str, Tensor], kernel_size: tuple[in
     the convolutions. Returns a frame, one row a layer: layer, name, norm, stage (it changes where the number of
     channels does), channels, mean, std, within, between. Which BN follows a convolution is read off names, channels
     and the order of the tensors (see `pair_by_name`); `frame.attrs["ambiguous"]` lists the pairs for which these do not
-    agree. Raises ValueError where no convolution of that kernel is followed by a BN of as many channels, or where a BN
-    has only one of weight and bias, or others in their place.
+    agree, `frame.attrs["unpaired"]` the convolutions that no BN seems to follow. `frame.attrs["sorted"]` is True where
+    the tensors are sorted by name, as in a .safetensors file, and their order says nothing. Raises ValueError where no
+    convolution of that kernel is followed by a BN of as many channels, or where a BN has only one of weight and bias,
+    or others in their place.
     """
     import pandas as pd
 
@@ -63,7 +65,11 @@ def closed_form(network: nn.Module | Mapping[str, Tensor], kernel_size: tuple[in
             f"no {kernel} convolution followed by a BN in this state dict; its first keys: {first_keys(state)}"
         )
     frame = pd.DataFrame(rows)
-    frame.attrs["ambiguous"] = ambiguous
+    paired = {row["name"] for row in rows}
+    unpaired = [
+        name for name, tensor in convolutions(state).items() if tensor.shape[2:] == kernel_size and name not in paired
+    ]
+    frame.attrs |= {"ambiguous": ambiguous, "unpaired": unpaired, "sorted": is_sorted(state)}
     return frame
 
 
@@ -93,8 +99,42 @@ def check_affine(state: Mapping[str, Tensor], norm: str) -> None:
         raise ValueError(f"{norm} has no {missing} beside its {', '.join(beside)}: what it puts out cannot be told")
 
 
+def convolutions(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the convolutions, by the module's name."""
+    return {key.removesuffix(".weight"): x for key, x in state.items() if key.endswith(".weight") and x.ndim == 4}
+
+
+def is_sorted(state: Mapping[str, Tensor]) -> bool:
+    """Whether the tensors are in the order of their names; modules register their weight before their bias."""
+    return list(state) == sorted(state)
+
+
+def in_order(state: Mapping[str, Tensor]) -> list[str]:
+    """The keys as modules registered them; where they are sorted by name, as modules probably did.
+
+    That is by number, with a BN right behind the convolution that is called alike, or right before it, if there are
+    such pairs of different channels: in networks of pre-activation BN has those of the convolution's input.
+    """
+    if not is_sorted(state):
+        return list(state)
+    convs = convolutions(state)
+    norms = {key.removesuffix(".running_var"): len(x) for key, x in state.items() if key.endswith(".running_var")}
+    before = any(name in convs and len(convs[name]) != norms[norm] for norm in norms for name in namesakes(norm))
+
+    def place(key: str) -> list[tuple[list[str | int], int]]:
+        parts = [(part, re.sub("bn|norm", "conv", part)) for part in key.split(".")[:-1]]
+        return [(natural(alike), 0 if alike == part else -1 if before else 1) for part, alike in parts]
+
+    return sorted(state, key=place)
+
+
+def natural(name: str) -> list[str | int]:
+    """A name as a key to sort by, with its numbers as numbers: every second part is one."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))]
+
+
 def pair_by_name(state: Mapping[str, Tensor]) -> list[tuple[str, str, bool]]:
-    """The convolutions of a state dict, each with the BN that follows it and whether that is certain, in file order.
+    """The convolutions of a state dict, each with the BN that follows it and whether that is certain, in order.
 
     A BN's convolution has as many channels and comes before it. By name it is the one called alike in the same module
     (conv2 and bn2 or norm2, conv and bn, 3 and 4 in a sequence); by order the last one with no BN between. The name
@@ -103,7 +143,8 @@ def pair_by_name(state: Mapping[str, Tensor]) -> list[tuple[str, str, bool]]:
     convs: dict[str, int] = {}
     pairs: list[tuple[str, str, bool]] = []
     last: str | None = None  # the last convolution, until a BN comes
-    for key, tensor in state.items():
+    for key in in_order(state):
+        tensor = state[key]
         module, _, leaf = key.rpartition(".")
         if leaf == "weight" and tensor.ndim == 4:
             convs[module] = len(tensor)

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from models.files import replacing, sha256
 from models.preprocess import PADDINGS, PER_PIXEL, PRESETS, Preprocessing, mean_image, per_pixel
 from models.recognition import FITS, Match, NothingRecorded, label, match_network, match_preprocessing
-from models.resnet import BLOCKS, KINDS, SIZES, Config, ResNet
-from models.statedicts import EXPECTED, read, rename
+from models.resnet import BLOCKS, KINDS, SIZES, Config, ResNet, config_of
+from models.statedicts import EXPECTED, at_root, check_tensors, read, rename
 
 MEAN, STD = "preprocessing.mean", "preprocessing.std"  # the tensors of the preprocessing in our own files
 WAYS = "--model FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION builds any other network, --source batchnorm needs none"
@@ -59,7 +59,7 @@ class Checkpoint:
     @property
     def config(self) -> Config | None:
         """Which of our networks it is, if it is one."""
-        return getattr(self.model, "config", None)
+        return None if self.model is None else config_of(self.model)
 
 
 def load(
@@ -95,7 +95,9 @@ def load(
     try:
         check_card(card)
         state = {name: tensor for name, tensor in tensors.items() if name not in (MEAN, STD)}
-        models = [adopt(model, state)] if model else find_networks(rename(state), card, kind, need_model)
+        models = [adopt(model, state)] if model else find_networks(rename(at_root(state)), card, kind, need_model)
+        if not models:
+            check_tensors(state)
         normalisations = known_preprocessing(normalize, tensors, card, images)
     except UnknownNetwork as error:
         raise ValueError(f"{path}: {error}; {WAYS}") from error
@@ -103,6 +105,7 @@ def load(
         raise ValueError(f"{path}: {error}") from error
     how = {"kind": known_kind(models, card, kind, model), "preprocessing": "unknown"}
     how |= {"weights": copy} if copy else {}
+    state = at_root(state) if models and not model else state
     if normalisations:
         how["preprocessing"] = "given" if normalize else "card"
     checkpoint = Checkpoint(
@@ -275,12 +278,16 @@ def network(config: Config, state: dict[str, Tensor]) -> ResNet:
 
 def adopt(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     """The user's network with the tensors of a state dict, in evaluation mode. ValueError unless all match."""
-    stripped = state
-    while (faults := mismatches(model, stripped)) and (prefix := common_prefix(stripped)):
-        stripped = {name.removeprefix(prefix): tensor for name, tensor in stripped.items()}
-    if faults:
+    candidates = [state]
+    while prefix := common_prefix(candidates[-1]):
+        candidates.append({name.removeprefix(prefix): tensor for name, tensor in candidates[-1].items()})
+    candidates.append(at_root(state))
+    fitting = [candidate for candidate in candidates if not mismatches(model, candidate)]
+    if not fitting:
+        faults = mismatches(model, candidates[-1])
         raise ValueError(f"the tensors are not those of the network that --model builds: {faults}")
-    model.load_state_dict(stripped, strict=False)
+    check_tensors(fitting[0])
+    model.load_state_dict(fitting[0], strict=False)
     return model.eval()
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from models.files import replacing
-from models.layouts import BATCHES, LAYOUTS, Decoded, Decoder, NoData, WrongSize, missing_files
+from models.layouts import BATCHES, LAYOUTS, Decoded, Decoder, NoData, OtherData, missing_files
 
 SIZES = {"test": 10_000, "train": 50_000}
 
@@ -111,14 +111,18 @@ def load(path: str | Path | None = None, split: str = "test", download: bool = T
     """
     if split not in SIZES:
         raise ValueError(f"unknown split {split!r}: one of {', '.join(SIZES)}")
-    path = path or os.environ.get("CIFAR10")
-    if path is not None:
+    if path:
         return read(Path(path), split)
+    if named := os.environ.get("CIFAR10"):
+        try:
+            return read(Path(named), split)
+        except NoData as error:
+            raise NoData(f"$CIFAR10: {error}") from error
     tried = ["$CIFAR10 (not set)"]
     for folder in (Path("data"), cache_folder()):
         try:
             return read(folder, split)
-        except (NoData, WrongSize):  # other people's data is none of our business
+        except (NoData, OtherData):  # other people's data is none of our business
             tried.append(str(folder))
     if download:
         for source in SOURCES[split]:

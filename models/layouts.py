@@ -36,7 +36,11 @@ class NoData(FileNotFoundError):
     """There is no CIFAR-10 where it was looked for."""
 
 
-class WrongSize(ValueError):
+class OtherData(ValueError):
+    """A file is sound, and none of CIFAR-10."""
+
+
+class WrongSize(OtherData):
     """An image is not one of CIFAR-10's 32x32 pixels."""
 
 
@@ -68,8 +72,10 @@ def parse_parquet(file: Path) -> Iterator[tuple[int, list[bytes], np.ndarray]]:
                 raise TypeError("an image that is not there")
             yield first, pngs, as_labels(labels)
             first += len(pngs)
+    except OtherData:
+        raise
     except (KeyError, TypeError) as error:
-        raise ValueError(
+        raise OtherData(
             f"{file}: no columns img (struct with bytes) and label; this is not the layout of uoft-cs/cifar10"
         ) from error
     except (ArrowException, OSError) as error:
@@ -91,7 +97,7 @@ def read_parquet(file: Path) -> Iterator[tuple[list[Any], list[Any]]]:
         column = "img" if "img" in table.schema_arrow.names else "image"
         groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
         if table.metadata.num_rows > ROWS or any(group.total_byte_size > 4 * LARGEST for group in groups):
-            raise ValueError("far larger than CIFAR-10")
+            raise OtherData(f"{file}: far larger than CIFAR-10")
         for i, group in enumerate(groups):
             size = max(1, LARGEST // max(1, group.total_byte_size))
             for rows in table.iter_batches(size, row_groups=[i], columns=[f"{column}.bytes", "label"]):

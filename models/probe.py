@@ -49,12 +49,12 @@ class Probe(Images):
         ours, other = (100 * max(n["mean"] for n in networks if n["made_with"] is made) for made in (True, False))
         return (
             f"measured on the probe set ({len(self)} synthetic images in place of CIFAR-10): std within\n"
-            f"{ours:.1f} % of the test set's for the networks it was made with, {other:.1f} % for others"
+            f"{ours:.1f} % of the test set's in the mean over layers (networks not used for it: {other:.1f} %)"
         )
 
     def describe(self) -> str:
         """One line: which images, and what error is to be expected."""
-        return f"{' '.join(self.note.split())} (mean over layers, the worst of the networks tried)"
+        return f"{' '.join(self.note.split())}, the worst of those that were tried"
 
     def provenance(self) -> dict[str, Any]:
         """Where the images come from, as JSON can hold it."""

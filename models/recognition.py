@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from models.messages import does_not_run, is_out_of_memory
 from models.preprocess import PADDINGS, Preprocessing, augment
+from models.resnet import config_of
 
 STEM_SAMPLE, SAMPLE = 1024, 256  # images for the first convolution alone and for a whole forward pass
 FITS = 0.15  # a misfit below this is a fit
@@ -155,7 +156,7 @@ def match_network(
 
 def label(model: nn.Module) -> str:
     """What tells a network from the others with its tensors."""
-    config = getattr(model, "config", None)
+    config = config_of(model)
     if config is None:
         return type(model).__name__
     if config.images == "imagenet" and config.shortcut != "A":

@@ -134,6 +134,12 @@ def check(config: Config) -> None:
         raise ValueError(f"the paper has no plain network of {config.depth} layers for ImageNet: plain-18, plain-34")
 
 
+def config_of(network: nn.Module) -> Config | None:
+    """What one of our networks is; None for others, whose `config` has another meaning."""
+    config = getattr(network, "config", None)
+    return config if isinstance(config, Config) else None
+
+
 def build(
     name: str, *, shortcut: str | None = None, padding: str = "both", classes: int | None = None, stride: str = "1x1"
 ) -> ResNet:

@@ -40,14 +40,16 @@ RENAMES = {"linear.": "fc.", ".shortcut.": ".downsample."}  # akamaster's names 
 def read(path: Path, ema: bool = False) -> tuple[dict[str, Tensor], dict[str, Any], str]:
     """The tensors of a file, its card (empty where it has none), and which of several copies of the weights these are.
 
+    All tensors but those of other copies; `at_root` gives those of a network like ours among them.
+
     ema: take the exponential moving average of the weights, where there is one beside them. The note is empty where
     there is nothing to choose. ValueError, with the path, where the file is not a checkpoint, or has no such copy.
     """
     tensors, card, note = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path, ema)
     try:
         check_sizes(tensors, path.stat().st_size)
-        tensors, chosen = choose_root(bare(tensors), ema)
-        check_tensors(tensors)
+        tensors, chosen = choose_copy(bare(tensors), ema)
+        check_tensors(at_root(tensors))
         if ema and not note and not chosen:
             raise ValueError(f"no EMA copy in it (looked under {', '.join(EMA_WRAPPERS)}); leave out --ema")
     except ValueError as error:
@@ -109,12 +111,12 @@ def find(content: Any, wrappers: tuple[str, ...]) -> dict[str, Tensor] | None:
     """The tensors by name under one of the wrappers, or, for the weights themselves, at the top level."""
     if not isinstance(content, Mapping):
         return None
-    if wrappers is WRAPPERS:
-        tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
-        if tensors:
-            return tensors
-    found = (find(content.get(key), WRAPPERS) for key in wrappers)
-    return next((state for state in found if state is not None), None)
+    for key in wrappers:
+        if (state := find(content.get(key), WRAPPERS)) is not None:
+            return state
+    if wrappers is EMA_WRAPPERS:
+        return None
+    return {key: x for key, x in content.items() if isinstance(key, str) and isinstance(x, Tensor)} or None
 
 
 def bare(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -127,22 +129,34 @@ def bare(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def choose_root(state: dict[str, Tensor], ema: bool) -> tuple[dict[str, Tensor], str]:
-    """The tensors below the one place in a state dict where a network like ours begins, without the place's name.
-
-    As they are where there is no such place. Of several, one is an EMA copy or not, as is asked for; a note says so.
-    ValueError where several are left.
-    """
+def roots_in(state: dict[str, Tensor]) -> list[str]:
+    """The places in a state dict where networks like ours begin: what their tensors' names begin with."""
     ends = [name.removesuffix(FIRST_BLOCK) for name in state if name.endswith(FIRST_BLOCK)]
-    roots = [root for root in ends if f"{root}conv1.weight" in state]
+    return [root for root in ends if f"{root}conv1.weight" in state]
+
+
+def at_root(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the network like ours in a state dict, by their names in it; all, where there is none."""
+    root = next(iter(roots_in(state)), "")
+    return {name.removeprefix(root): tensor for name, tensor in state.items() if name.startswith(root)}
+
+
+def choose_copy(state: dict[str, Tensor], ema: bool) -> tuple[dict[str, Tensor], str]:
+    """Of several networks like ours the tensors of one, which is an EMA copy or not, as is asked for; a note says so.
+
+    All tensors where there are not several. ValueError where several are left.
+    """
+    roots = roots_in(state)
     wanted = [root for root in roots if ("ema" in root.lower()) == ema] or roots
     if len(wanted) > 1:
         raise ValueError(f"it holds {len(wanted)} networks: {', '.join(wanted)}; save the one you mean by itself")
-    if not wanted:
+    if len(roots) < 2:
         return state, ""
-    chosen = {name.removeprefix(wanted[0]): tensor for name, tensor in state.items() if name.startswith(wanted[0])}
-    note = f"from {wanted[0].rstrip('.')}, not {', '.join(r.rstrip('.') for r in roots if r != wanted[0])}"
-    return chosen, note if len(roots) > 1 else ""
+    others = [root for root in roots if root != wanted[0]]
+    inner = tuple(root for root in others if root.startswith(wanted[0]))
+    chosen = {name: x for name, x in state.items() if name.startswith(wanted[0]) and not name.startswith(inner)}
+    ours, theirs = (", ".join(root.rstrip(".") or "the top level" for root in some) for some in (wanted, others))
+    return chosen, f"from {ours}, not {theirs}"
 
 
 def check_archive(path: Path) -> None:

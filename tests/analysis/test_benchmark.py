@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from analysis import benchmark
+from analysis import benchmark, hooks
 from analysis.benchmark import COLUMNS, Job, layer_error, load_images, main, make_parser, table
 from analysis.ways import PLAIN, PLAIN_BFLOAT16, WAYS, two_pass
 from models import build, probe, zoo
@@ -95,7 +95,8 @@ def test_torchlens_where_it_is_installed(small, monkeypatch):
 # The command
 
 
-def test_a_table_a_csv_and_a_figure(tmp_path, capsys, same_process):
+def test_a_table_a_csv_and_a_figure(tmp_path, capsys, same_process, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchlens", None)  # as if it were not installed
     assert run(tmp_path, "--networks", "resnet-8", "--images", "5", "--batch-size", "2", "--repeats", "2") == 0
     frame = pd.read_csv(tmp_path / "out" / "benchmark.csv", keep_default_na=True)
     assert tuple(frame.columns) == COLUMNS
@@ -136,6 +137,20 @@ def test_ratios_are_of_medians(tmp_path, same_process, monkeypatch):
     row = rows["float64 sums"]
     assert (row["seconds_min"], row["seconds"], row["seconds_max"], row["ratio"]) == (4, 6, 100, 2)
     assert "seconds" not in rows["store, then std"]
+
+
+def test_all_ways_run_without_tf32(tmp_path, monkeypatch):
+    """The reference too, or a GPU's errors would be its own."""
+    seen = []
+
+    def look(job, repeats):
+        seen.extend(getattr(backend, setting) == value for backend, setting, value in hooks.tf32_settings())
+        raise ValueError("enough")
+
+    monkeypatch.setattr(benchmark, "measure_job", look)
+    assert benchmark.main(["--networks", "resnet-20", "--out", str(tmp_path)]) == 2
+    assert len(seen) >= 2
+    assert all(seen)
 
 
 def test_the_table():

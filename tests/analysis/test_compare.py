@@ -211,6 +211,28 @@ def test_of_a_frame_with_both_sources_the_one_asked_for_is_taken(tmp_path, out, 
     assert warnings[1:] == ["warning: measured networks are compared with closed forms"]
 
 
+def test_frames_of_different_images_are_a_warning(tmp_path, out, capsys):
+    """Such as one of the probe set's 900 and one of the test set's 10,000."""
+    a = frame(tmp_path / "a.csv")
+    b = frame(tmp_path / "b.csv", lambda f: f.assign(network="b", images=3000))
+    assert run(a, b, "--out", out) == 0
+    assert capsys.readouterr().err == "warning: the networks were measured on different images (2, 3,000 of them)\n"
+
+
+def test_a_small_p_is_not_printed_as_zero_and_several_are_said_to_be_several(tmp_path, out, capsys):
+    groups = []
+    for group in "abc":
+        for seed in range(9):
+            scale = 1 + seed / 100 + "abc".index(group)
+            values = {name: size * scale for name, size in (("within", 3.0), ("between", 4.0), ("std", 5.0))}
+            frame(tmp_path / f"{group}{seed}.csv", lambda f, values=values: f.assign(**values))
+        groups += ["--group", f"{group}={','.join(str(tmp_path / f'{group}{seed}.csv') for seed in range(9))}"]
+    assert run(*groups, "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert "p = 4.1e-05 (permutation of networks, two-sided; the smallest that 9 and 9 can give is 4.1e-05)" in printed
+    assert "3 pairs of groups: each p is of one alone, and times 3 a bound for all" in printed
+
+
 def test_too_many_relabelings_are_said_and_the_rest_is_done(tmp_path, out, capsys):
     groups = []
     for group in "ab":

@@ -84,6 +84,13 @@ def test_snapshots_on_the_probe_set(folder, out):
     assert all(line in (out / "dynamics.svg").read_text() for line in probe.load().note.splitlines())
 
 
+def test_a_run_that_went_on_elsewhere(folder, out):
+    """Its config.json has the last device and precision, the earlier snapshots theirs."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"device": "cuda", "precision": "bfloat16"}))
+    assert execute(folder, "--out", out) == 0
+
+
 def test_every_snapshot_by_the_closed_form(folder, out, capsys):
     assert execute(folder, "--out", out) == 0
     frame = pd.read_csv(out / "dynamics.csv")

@@ -111,6 +111,12 @@ def test_accuracy_comes_from_the_same_passes():
     assert analysis.measure(network, [x]).attrs["accuracy"] is None
 
 
+def test_a_device_without_float64_is_refused(monkeypatch):
+    monkeypatch.setattr(hooks, "device_of", lambda model: torch.device("mps"))
+    with pytest.raises(ValueError, match=r"the network is on mps, which has no float64 .* move it to the CPU"):
+        analysis.measure(nn.Sequential(conv(), nn.BatchNorm2d(4)), [torch.randn(2, 4, 8, 8)])
+
+
 def test_one_logit_is_no_class():
     network = nn.Sequential(conv(1), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 1))
     batch = torch.randn(4, 4, 8, 8), torch.zeros(4, dtype=torch.long)

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from analysis.inputs import CIFAR10, place_of
@@ -192,6 +193,17 @@ def test_without_recorded_statistics_the_preprocessing_must_be_said(tmp_path, ci
     assert frame_of(tmp_path / "out")["std"].tolist() == pytest.approx([expected], rel=1e-3)  # in other batches
 
 
+@pytest.mark.parametrize("source", ["hooks", "batchnorm"])
+def test_a_network_with_a_config_of_its_own(source, own, cifar, tmp_path):
+    text = (
+        OWN.replace("return nn.Sequential(", "net = nn.Sequential(") + "    net.config = {'depth': 2}\n    return net\n"
+    )
+    (tmp_path / "mynet.py").write_text(text)
+    words = ("--checkpoint", tmp_path / "own.ckpt", "--data", cifar, "--out", tmp_path / "out", "--source", source)
+    assert run(*words, "--model", f"{tmp_path}/mynet.py:tiny") == 0
+    assert frame_of(tmp_path / "out")["kind"].tolist() == ["other"] * 2
+
+
 def test_without_its_builder_there_are_two_ways_on(own, cifar, tmp_path, capsys):
     words = ("--checkpoint", tmp_path / "own.ckpt", "--out", tmp_path / "out")
     assert run(*words, "--data", cifar) == 2
@@ -270,9 +282,15 @@ def test_names_and_order_that_do_not_agree_are_a_warning(tmp_path, capsys):
     }  # fmt: skip
     torch.save(state, tmp_path / "a.pt")
     assert run("--checkpoint", tmp_path / "a.pt", "--source", "batchnorm", "--out", tmp_path / "out") == 0
-    assert capsys.readouterr().err == (
-        "warning: a: names and order of the tensors do not agree on conv1 -> bn1: a forward pass tells\n"
-    )
+    shown = capsys.readouterr()
+    line = "warning: a: names and order of the tensors do not agree on conv1 -> bn1: a forward pass tells\n"
+    assert shown.err == line
+    assert "a: not computed, no BN seems to take in their output: conv2\n" in shown.out
+    save_file(state, tmp_path / "b.safetensors")
+    assert run("--checkpoint", tmp_path / "b.safetensors", "--source", "batchnorm", "--out", tmp_path / "out") == 0
+    line = "warning: b: the tensors are sorted by name, and so are the layers: --model and a forward pass tell\n"
+    assert capsys.readouterr().err == line
+    assert frame_of(tmp_path / "out")["norm"].tolist() == ["bn1"]
 
 
 def test_a_folder_of_the_name_that_asks_for_the_real_images_wins(tmp_path, monkeypatch):

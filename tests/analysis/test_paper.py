@@ -98,6 +98,14 @@ def test_networks_for_other_images_are_not_compared():
     assert deeper["networks"].tolist() == ["residual-56, residual-20"]
 
 
+def test_networks_of_other_lengths_of_training_are_marked():
+    networks = frame(residual_20=[2.0], residual_56=[1.0], plain_20=[3.0])
+    lengths = {"residual-20": 64_000, "residual-56": 4_000, "plain-20": 64_000}
+    for known, expected in ((lengths, [False] * 2 + [True]), (lengths | {"residual-56": None}, [False] * 3)):
+        claims = judge(networks, iterations=known).dropna(subset="value")
+        assert claims["sentence"].str.endswith("; after 4,000 and 64,000 iterations").tolist() == expected
+
+
 def test_equal_means_are_neither_more_nor_less():
     claims = judge(frame(residual_20=[1.0, 3.0], plain_20=[2.0, 2.0]))
     assert claims["sentence"][0] == "residual-20 has a mean std of 2.000, as much as plain-20 (2.000)"

@@ -83,6 +83,20 @@ def test_the_main_job_on_real_input(shared_cifar10, tmp_path, capsys):
     assert blocks == ["resnet-56, resnet-20", "resnet-110, resnet-20", "resnet-110, resnet-56"]
 
 
+def test_a_wrong_place_in_the_environment_is_an_error(tmp_path, monkeypatch, capsys):
+    """As a wrong --data is: no stand-in for what was named."""
+    monkeypatch.setenv("CIFAR10", str(tmp_path / "typo"))
+    assert run("--depth", 20, "--out", tmp_path / "out") == 2
+    assert capsys.readouterr().err.startswith(f"error: $CIFAR10: {tmp_path / 'typo'}: no such file or folder; ")
+
+
+def test_the_stand_in_is_used_as_a_whole(tmp_path, capsys):
+    assert run("--depth", 20, "--kind", "residual", "--images", 100, "--out", tmp_path, "--format", "svg") == 0
+    [line] = capsys.readouterr().err.splitlines()
+    assert ". The probe set stands for them, all of it whatever --images says (--data cifar10 asks for" in line
+    assert set(pd.read_csv(tmp_path / "responses.csv")["images"]) == {len(probe.load())}
+
+
 def test_the_main_job_without_any_data(tmp_path, capsys):
     """Hooks measure the shipped networks on the probe set; the command, the figures and the provenance say so."""
     assert run(*words_of(COMMANDS[0]), "--out", tmp_path, "--format", "svg") == 0

@@ -11,8 +11,8 @@ from PIL import Image
 
 import analysis
 from analysis.responses import main
-from analysis.sources import default_batch_size, room
-from models import build, checkpoints, images
+from analysis.sources import BLOCK_IMAGES, default_batch_size, evenly_spaced, room
+from models import build, checkpoints, cifar10, images, probe
 from models.preprocess import PRESETS, Preprocessing
 from tests.models.test_recognition import blobs
 
@@ -44,6 +44,32 @@ def cifar(tmp_path):
 
 def run(*words):
     return main([str(word) for word in words])
+
+
+def test_evenly_spaced_images_are_of_all_classes(tmp_path):
+    """Class folders are sorted: the first images are all of one class."""
+    for name in ("cat", "dog", "frog"):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(blobs(4, seed=0)):
+            Image.fromarray(image).save(tmp_path / name / f"{i}.png")
+    folder = images.ImageFolder.open(tmp_path)
+    some = evenly_spaced(folder, 12, 4)
+    assert [str(file.relative_to(tmp_path)) for file in some.files] == [
+        "cat/0.png",
+        "cat/3.png",
+        "dog/3.png",
+        "frog/3.png",
+    ]
+    assert some.labels is None
+    assert [file.parent.name for file in evenly_spaced(folder, 4, 9).files] == ["cat"] * 4
+    data = cifar10.load(tmp_path)
+    assert np.array_equal(evenly_spaced(data, 12, 4).images, data.images[[0, 3, 7, 11]])
+
+
+def test_of_the_probe_set_blocks_are_measured_on_all_images():
+    """A part of it has other statistics."""
+    data = probe.load()
+    assert np.array_equal(evenly_spaced(data, len(data), BLOCK_IMAGES).images, data.images)
 
 
 def test_networks_that_share_batches_get_the_numbers_that_each_gets_alone(files, cifar, tmp_path, capsys):

@@ -179,6 +179,37 @@ def test_nothing_to_compute_names_the_keys():
         closed_form(nn.Sequential(nn.Linear(2, 2)))
 
 
+@pytest.mark.parametrize("name", ["resnet-20", "plain-20", "resnet-110", "resnet-34", "resnet-50"])
+def test_tensors_sorted_by_name_as_in_safetensors_files(name):
+    """bn1 stands before conv1 there, and layer1.10 before layer1.2."""
+    state = randomise(build(name)).state_dict()
+    found = closed_form(dict(sorted(state.items())))
+    assert found.attrs == {"ambiguous": [], "unpaired": [], "sorted": True}
+    expected = closed_form(state)
+    assert expected.attrs == {"ambiguous": [], "unpaired": [], "sorted": False}
+    assert found.equals(expected)
+
+
+def test_a_pre_activation_network_sorted_by_name():
+    """Where BN has other channels than the convolution that is called alike, it comes before it."""
+
+    def block(channels, out):
+        norm1, norm2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(out)
+        return module(norm1=norm1, conv1=conv(channels, out), norm2=norm2, conv2=conv(out, out))
+
+    whole = module(conv0=conv(3, 4), layer=nn.Sequential(block(4, 4), block(4, 8)), norm=nn.BatchNorm2d(8))
+    found = closed_form(dict(sorted(whole.state_dict().items())))
+    pairs = [f"{conv} -> {norm}" for conv, norm in zip(found["name"], found["norm"], strict=True)]
+    right = ["layer.0.conv1 -> layer.0.norm2", "layer.1.conv1 -> layer.1.norm2"]
+    assert [pair for pair in pairs if pair not in found.attrs["ambiguous"]] == right
+    assert found.attrs["unpaired"] == ["layer.1.conv2"]
+
+
+def test_convolutions_that_no_bn_follows_are_listed():
+    state = module(conv1=conv(3, 4), bn1=nn.BatchNorm2d(4), conv2=conv(4, 6), head=conv(6, 3, kernel=1)).state_dict()
+    assert closed_form(state).attrs["unpaired"] == ["conv2"]
+
+
 def test_the_public_checkpoints(akamaster):
     means = [closed_form(load(akamaster[depth]).model)["std"].mean() for depth in (20, 56)]
     assert means == pytest.approx([0.7318, 0.4536], abs=5e-5)

@@ -256,8 +256,10 @@ def test_places_are_searched_in_order(tmp_path, monkeypatch):
     monkeypatch.setenv("CIFAR10", str(python_archive_in_cache))
     assert cifar10.load().path == python_archive_in_cache
     monkeypatch.setenv("CIFAR10", str(tmp_path / "nowhere"))
-    with pytest.raises(NoData, match="nowhere: no such file or folder"):
+    with pytest.raises(NoData, match=r"^\$CIFAR10: .*nowhere: no such file or folder"):
         cifar10.load()
+    monkeypatch.setenv("CIFAR10", "")
+    assert str(cifar10.load().path) == "data"
 
 
 def test_a_data_folder_of_photographs_is_passed_over(tmp_path, monkeypatch):
@@ -266,6 +268,16 @@ def test_a_data_folder_of_photographs_is_passed_over(tmp_path, monkeypatch):
     Image.new("RGB", (640, 480)).save(tmp_path / "data" / "photograph.jpg")
     with pytest.raises(NoData, match="no CIFAR-10 test images found"):
         cifar10.load()
+
+
+def test_other_peoples_parquet_files_are_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAYER_RESPONSES_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    parquet.write_table(pyarrow.table({"text": ["a", "b"], "label": [0, 1]}), tmp_path / "data" / "test.parquet")
+    with pytest.raises(NoData, match="no CIFAR-10 test images found"):
+        cifar10.load()
+    with pytest.raises(ValueError, match=r"test\.parquet: no columns img"):
+        cifar10.load("data")
 
 
 def test_an_archive_that_vanished_is_not_said_to_be_damaged(tmp_path):

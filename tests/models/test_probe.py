@@ -36,8 +36,8 @@ def test_what_is_written_is_read(images, tmp_path):
     assert len(data) == 35
     assert [(part.shape[0], labels) for part, labels in data.batches(20)] == [(20, None), (15, None)]
     assert data.describe() == (
-        "measured on the probe set (35 synthetic images in place of CIFAR-10): std within 1.1 % of the test set's for "
-        "the networks it was made with, 4.2 % for others (mean over layers, the worst of the networks tried)"
+        "measured on the probe set (35 synthetic images in place of CIFAR-10): std within 1.1 % of the test set's in "
+        "the mean over layers (networks not used for it: 4.2 %), the worst of those that were tried"
     )
     provenance = data.provenance()
     assert provenance == {"path": str(file), "layout": "probe set", "sha256": sha256(file), "note": data.note}

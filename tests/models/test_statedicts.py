@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models import build, checkpoints, load
 from models.preprocess import PRESETS
-from models.statedicts import read, rename
+from models.statedicts import at_root, read, rename
 
 
 @pytest.fixture
@@ -31,6 +31,11 @@ def other():
 def same(state, network):
     expected = network.state_dict()
     return set(state) == set(expected) and all(torch.equal(state[name], expected[name]) for name in state)
+
+
+def weights(path, ema=False):
+    """The tensors of a network like ours in a file."""
+    return at_root(read(path, ema)[0])
 
 
 def prefixed(prefix, state):
@@ -65,6 +70,9 @@ LAYOUTS = {
     "compiled blocks": lambda s, o: {name.replace("layer2.0.", "layer2.0._orig_mod."): t for name, t in s.items()},
     "DDP, compiled": lambda s, o: {"model_state_dict": prefixed("module._orig_mod.", s)},
     "compiled, DDP": lambda s, o: {"model_state": prefixed("_orig_mod.module.", s)},
+    "PyTorch's tutorial, with a loss": lambda s, o: {"epoch": 3, "model_state_dict": s, "loss": torch.ones(())},
+    "PyTorch's ImageNet example, with an accuracy": lambda s, o: {"state_dict": s, "best_acc1": torch.ones(())},
+    "with an EMA copy beside the network": lambda s, o: s | prefixed("ema.", o),
     "nested": lambda s, o: {"checkpoint": 1, "model": {"module": s}},
 }  # fmt: skip
 
@@ -73,7 +81,7 @@ LAYOUTS = {
 def test_the_weights_come_out(layout, network, other, tmp_path):
     torch.save(LAYOUTS[layout](network.state_dict(), other.state_dict()), tmp_path / "a.pth")
     tensors, card, note = read(tmp_path / "a.pth")
-    assert same(tensors, network)
+    assert same(at_root(tensors), network)
     assert card == {}
     assert ("EMA" in note or "ema" in note) == ("EMA" in layout)
     assert same(load(tmp_path / "a.pth").model.state_dict(), network)
@@ -83,7 +91,7 @@ def test_the_weights_come_out(layout, network, other, tmp_path):
 def test_the_averaged_copy_comes_out_where_it_is_asked_for(layout, network, other, tmp_path):
     torch.save(LAYOUTS[layout](network.state_dict(), other.state_dict()), tmp_path / "a.pth")
     tensors, _, note = read(tmp_path / "a.pth", ema=True)
-    assert same(tensors, other)
+    assert same(at_root(tensors), other)
     assert note
     checkpoint = load(tmp_path / "a.pth", ema=True)
     assert same(checkpoint.model.state_dict(), other)
@@ -105,7 +113,7 @@ def test_the_notes(network, other, tmp_path):
 def test_torchs_averaged_model(network, tmp_path):
     averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     torch.save(averaged.state_dict(), tmp_path / "a.pth")
-    assert same(read(tmp_path / "a.pth")[0], network)
+    assert same(weights(tmp_path / "a.pth"), network)
 
 
 def test_torchs_averaged_model_of_another_network(tmp_path):
@@ -116,7 +124,7 @@ def test_torchs_averaged_model_of_another_network(tmp_path):
 
 def test_data_parallel_itself(network, tmp_path):
     torch.save(nn.DataParallel(network).state_dict(), tmp_path / "a.pth")
-    assert same(read(tmp_path / "a.pth")[0], network)
+    assert same(weights(tmp_path / "a.pth"), network)
 
 
 def test_no_averaged_copy(network, tmp_path):
@@ -135,6 +143,25 @@ def test_two_networks_in_one_file(network, other, tmp_path):
     message = "a.safetensors: it holds 2 networks: student., teacher.; save the one you mean by itself"
     with pytest.raises(ValueError, match=re.escape(message)):
         read(tmp_path / "a.safetensors")
+
+
+class Segmenter(nn.Module):
+    """A network of the user's own around one of ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = build("resnet-8"), nn.Sequential(nn.Conv2d(10, 4, 3), nn.BatchNorm2d(4))
+
+
+@pytest.mark.parametrize("save", [torch.save, save_file], ids=["pt", "safetensors"])
+def test_a_network_of_ones_own_around_one_of_ours_keeps_its_head(save, tmp_path):
+    network = Segmenter()
+    path = tmp_path / ("a.pt" if save is torch.save else "a.safetensors")
+    save(network.state_dict(), path)
+    found = load(path, model=Segmenter())
+    assert same(found.model.state_dict(), network)
+    assert same(found.state, network)
+    assert load(path).config.name == "resnet-8"
 
 
 def test_names_of_akamaster_become_ours():
