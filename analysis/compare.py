@@ -164,8 +164,8 @@ def describe_test(first: Entry, second: Entry) -> str:
         else f"95 % interval {test.interval[0]:+.4f} to {test.interval[1]:+.4f}"
     )
     return (
-        f"{test.difference:+.4f}, p = {small(test.p)} (permutation of networks, two-sided; the smallest that {sizes} can "
-        f"give is {small(test.smallest)}); {interval}"
+        f"{test.difference:+.4f}, p = {small(test.p)} (permutation of networks, two-sided; the smallest that {sizes} "
+        f"can give is {small(test.smallest)}); {interval}"
     )
 
 
