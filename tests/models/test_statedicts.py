@@ -164,6 +164,18 @@ def test_a_network_of_ones_own_around_one_of_ours_keeps_its_head(save, tmp_path)
     assert load(path).config.name == "resnet-8"
 
 
+def test_nan_in_the_head_counts_where_the_head_does(tmp_path):
+    state = Segmenter().state_dict()
+    state["head.1.weight"][0] = torch.nan
+    torch.save(state, tmp_path / "a.pt")
+    assert load(tmp_path / "a.pt").config.name == "resnet-8"
+    with pytest.raises(ValueError, match=r"NaN or infinity in head\.1\.weight"):
+        load(tmp_path / "a.pt", model=Segmenter())
+    torch.save({name: x for name, x in state.items() if ".fc." not in name}, tmp_path / "b.pt")  # none of ours
+    with pytest.raises(ValueError, match=r"NaN or infinity in head\.1\.weight"):
+        load(tmp_path / "b.pt", need_model=False)
+
+
 def test_names_of_akamaster_become_ours():
     ones = torch.ones(1)
     theirs = {"linear.weight": ones, "layer1.0.shortcut.0.weight": ones, "nonlinear.weight": ones}
