@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help 
     from torch import Tensor, nn
 
 NETWORKS = ["resnet-20", "resnet-56", "resnet-110", "plain-56", "resnet-50"]
+IMAGES = 2000
 SHARE = 32  # a 224x224 image costs resnet-50 as much as so many 32x32 images cost resnet-56: fewer of them are run
 COLUMNS = (
     *(
@@ -80,8 +81,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--networks", nargs="+", default=NETWORKS, metavar="NAME", help=f"default: {' '.join(NETWORKS)}")
-    add("--images", type=positive, default=2000, metavar="N", help=f"of 32x32 pixels (default: %(default)s); of "
-        f"224x224 one for {SHARE} of them")  # fmt: skip
+    add("--images", type=positive, metavar="N", help=f"of 32x32 pixels (default: {IMAGES:,}, or all where there are "
+        f"fewer); of 224x224 one for {SHARE} of them")  # fmt: skip
     add("--batch-size", type=positive, metavar="N", help="images at a time (default: as analysis.responses)")
     add("--repeats", type=positive, default=5, metavar="N", help="rounds (default: %(default)s)")
     add("--threads", type=positive, metavar="N", help="threads of torch (default: torch's own choice)")
@@ -123,11 +124,14 @@ def make_job(args: argparse.Namespace, name: str) -> Job:
     from models.resnet import SIZES, parse_name
 
     large = parse_name(name).images == "imagenet"
-    images = max(1, args.images // SHARE) if large else args.images
-    if args.data and not large:
+    images = args.images or IMAGES
+    if large:
+        images = max(1, images // SHARE)
+    elif args.data:
         there = len(named_images(args.data))
-        if there < images:
+        if args.images and there < images:
             raise ValueError(f"--images {images}: there are {there} images in {args.data}")
+        images = min(images, there)
     size = SIZES["imagenet" if large else "cifar"]
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     batch_size = args.batch_size or default_batch_size(size, device)

@@ -6,7 +6,8 @@
     blocks = record.to_frame("resnet-56")  # from the same forward passes
 
 A residual block adds two things: its branch, the output of its last BN, and what the shortcut gives. Both are reduced
-inside the hook to streamed moments; nothing is stored.
+inside the hook to streamed moments; nothing is stored. Batches must fit into memory: where one runs again in parts,
+`record.whole_pass()` around each attempt keeps what failed from counting.
 """
 
 from __future__ import annotations

@@ -146,7 +146,8 @@ def measuring(
         raise ValueError("the network is on the meta device, where tensors have no values: load its weights first")
     if device == "mps":
         raise ValueError("the network is on mps, which has no float64 to add up in: move it to the CPU to measure it")
-    autocast = torch.autocast(device, PRECISIONS[precision], enabled=precision != "float32")
+    # no cache: in a block of the caller's it would keep weights without their gradients, or from before a step
+    autocast = torch.autocast(device, PRECISIONS[precision], enabled=precision != "float32", cache_enabled=False)
     why_not = "forward= runs the network" if forward else obstacle(model)
     why_whole = "which forward= runs" if forward else whole(model)
     parts = Parts(name_of(model), why_whole and f"{why_whole}, so it is not split: make smaller ones")
@@ -178,6 +179,7 @@ class Measurement:
         self.first: Any = None  # the first batch, until the network is folded
         self.folded: Folded | None = None
         self.images = self.labelled = self.correct = 0
+        self.classes: int | None = None  # of the labels, where it is known
 
     def add(self, batch: Any) -> int:
         """Measure one batch, in the thread that began, in parts where it does not fit into memory.
@@ -186,11 +188,14 @@ class Measurement:
         """
         if get_ident() != self.record.thread:
             raise ValueError("a batch was added in another thread than the one that began to measure: add it there")
+        if count_images(batch) == 0:
+            return 0
         return sum(self.parts(batch, self.add_part))
 
     def add_part(self, part: Any) -> int:
         """Measure what runs at once. Returns the number of its images."""
         images = count_images(part)
+        self.record.drop_pass()  # what ran since the last batch was not added
         try:
             with self.autocast:
                 labelled, correct = self.classify(part)
@@ -206,7 +211,7 @@ class Measurement:
         """How many labels there are, and are hit; the responses go into the record when all else is done."""
 
         def hits(output: Any) -> tuple[int, int]:
-            found = compare_labels(output, part)
+            found = compare_labels(output, part, self.classes)
             return len(found), int(found.sum())
 
         if not self.why_not and count_hooks(self.model) != self.hooks:

@@ -125,19 +125,19 @@ def check_folder(folder: Path) -> None:
 
 
 def split_label(item: str) -> tuple[str | None, Path]:
-    """LABEL=PATH or PATH. A path that exists wins: Lightning's files are called epoch=3-step=100.ckpt."""
+    """LABEL=PATH or PATH. A file that exists wins: Lightning's files are called epoch=3-step=100.ckpt."""
     label, equals, path = item.partition("=")
-    if not equals or Path(item).exists():
+    if not equals or Path(item).is_file():
         return None, Path(item)
     return label or None, Path(path)
 
 
 def find_network(item: str) -> Found:
-    """The file of [LABEL=]ITEM: a shipped network by its name, or a checkpoint. A path that exists wins."""
+    """The file of [LABEL=]ITEM: a shipped network by its name, or a checkpoint. A file that exists wins."""
     from models import zoo
 
     label, path = split_label(item)
-    shipped = str(path) in zoo.shipped() and not path.exists()
+    shipped = str(path) in zoo.shipped() and not path.is_file()
     return Found(label, zoo.find(str(path)) if shipped else path)
 
 

@@ -84,13 +84,18 @@ def as_images(name: str, figure: Figure, formats: list[str]) -> dict[str, bytes]
     return files
 
 
+def stand_in(provenance: Mapping[str, Any]) -> str:
+    """On which images the numbers rest, where these stand for others (`describe_network`); else empty."""
+    notes = (entry["data"]["note"] for entry in provenance.values() if "note" in entry.get("data", {}))
+    return "\n".join(dict.fromkeys(notes))
+
+
 def note_stand_in(figures: Iterable[Figure], provenance: Mapping[str, Any]) -> None:
-    """Write below figures on which images the numbers rest, where these stand for others (`describe_network`)."""
+    """Write this below figures."""
     from plots.style import write_note
 
-    notes = {entry["data"]["note"] for entry in provenance.values() if "note" in entry.get("data", {})}
     for figure in figures:
-        for note in notes:
+        if note := stand_in(provenance):
             write_note(figure, note)
 
 
@@ -112,9 +117,11 @@ def describe_network(args: argparse.Namespace, network: Network, frame: pd.DataF
     """Where a network's numbers come from, as JSON can hold it."""
     checkpoint, data = network.checkpoint, plan.data
     name = None if checkpoint.config is None else checkpoint.config.name
+    known = checkpoint.how["kind"]
+    builder = args.model if known.startswith("built by --model") else None
     entry: dict[str, Any] = {
         "checkpoint": {"path": str(checkpoint.path), "sha256": checkpoint.digest, "card": checkpoint.card},
-        "network": {"name": name, "kind_known": checkpoint.how["kind"], "model": args.model},
+        "network": {"name": name, "kind_known": known, "model": builder},
         "source": plan.sources,
         "warnings": checkpoint.warnings,
         "versions": versions(),

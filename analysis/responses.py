@@ -33,6 +33,7 @@ from analysis.outputs import (
     describe_network,
     finish,
     note_stand_in,
+    stand_in,
     write_files,
 )
 from analysis.processes import together
@@ -103,11 +104,12 @@ def run(args: argparse.Namespace) -> None:
     frame = pd.concat(frames, ignore_index=True)
     iterations = {network.label: trained(network.checkpoint) for network in plan.networks}
     claims = judge(frame[frame["source"] == plan.sources[0]], measure_blocks(args, plan), iterations)
+    note = "\n".join(filter(None, (short_runs(plan.networks), stand_in(provenance))))
     figures = {
-        "fig7": draw_fig7(frame, None if args.no_paper else curves(), note=short_runs(plan.networks)),
+        "fig7": draw_fig7(frame, None if args.no_paper else curves(), note=note),
         "decomposition": draw_decomposition(frame),
     }
-    note_stand_in(figures.values(), provenance)
+    note_stand_in([figures["decomposition"]], provenance)
     files = {"responses.csv": as_csv(frame), "claims.csv": as_csv(claims), "responses.json": as_json(provenance)}
     for name, figure in figures.items():
         files |= as_images(name, figure, args.format)
@@ -171,11 +173,13 @@ def find_checkpoints(args: argparse.Namespace) -> list[Found]:
 
 def short_runs(networks: list[Network]) -> str:
     """Which networks were trained for less than the paper's number of iterations, in words for the figure."""
+    from plots.style import display_name
+
     lengths: dict[int, list[str]] = {}
     for network in networks:
         iterations = trained(network.checkpoint)
         if iterations and iterations < PAPER_ITERATIONS:
-            lengths.setdefault(iterations, []).append(network.label)
+            lengths.setdefault(iterations, []).append(display_name(network.label))
     return "\n".join(
         f"{'all networks' if len(labels) == len(networks) else ', '.join(labels)} trained for {iterations:,} "
         f"of the paper's {PAPER_ITERATIONS:,} iterations"

@@ -104,13 +104,21 @@ def part_of_batch(batch: Any, total: int, first: int, end: int) -> Any:
     return batch
 
 
-def compare_labels(output: Any, batch: Any) -> Tensor:
-    """Whether each label is hit (n,); no values where there are no labels, or no logits (N, 2 classes or more, ...)."""
+def compare_labels(output: Any, batch: Any, classes: int | None = None) -> Tensor:
+    """Whether each label is hit (n,); no values where there are no labels, or no logits (N, 2 classes or more, ...).
+
+    classes: of the labels; where it is known, logits of as many. Labels below 0, and 255 where no class has that
+    number, stand for what is to be ignored.
+    """
     logits, labels = logits_of(output), labels_of(batch)
     if logits is None or logits.dim() < 2 or logits.shape[1] < 2 or labels is None or labels.is_floating_point():
         return torch.zeros(0)
     predicted = logits.argmax(1)
-    return (predicted == labels.to(predicted.device)).flatten() if predicted.shape == labels.shape else torch.zeros(0)
+    if predicted.shape != labels.shape or classes not in (None, logits.shape[1]):
+        return torch.zeros(0)
+    labels = labels.to(predicted.device)
+    counted = (labels >= 0) & ((labels != 255) | (logits.shape[1] > 255))
+    return (predicted == labels)[counted]
 
 
 def labels_of(batch: Any) -> Tensor | None:

@@ -67,6 +67,10 @@ def measure_all(args: argparse.Namespace, plan: Plan) -> list[pd.DataFrame]:
     import pandas as pd
 
     parts: list[list[pd.DataFrame]] = [[] for _ in plan.networks]
+    computed: list[pd.DataFrame] = []
+    if "batchnorm" in plan.sources:  # first: what cannot be computed is said before all is measured
+        with together():
+            computed = [compute(network) for network in plan.networks]
     if "hooks" in plan.sources:
         assert plan.data is not None  # find_data raises where hooks are asked for and there are none
         errors = rounding_errors(args, plan.networks, plan.data) if args.precision == "bfloat16" else []
@@ -81,9 +85,8 @@ def measure_all(args: argparse.Namespace, plan: Plan) -> list[pd.DataFrame]:
             if args.verbose:
                 print(f"{network.label}: measured {frame.attrs['path']}")
     leave()
-    if "batchnorm" in plan.sources:
-        for part, network in zip(parts, plan.networks, strict=True):
-            part.append(compute(network))
+    for part, frame in zip(parts, computed, strict=False):
+        part.append(frame)
     result = []
     for frames in parts:
         result.append(pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0])
@@ -138,8 +141,11 @@ def run_on(args: argparse.Namespace, networks: list[Network], data: Data) -> lis
     from tqdm import tqdm
 
     from analysis.hooks import Result, measuring
+    from models.images import ImageFolder
+    from models.layouts import CLASSES
 
     device = device_of(args)
+    classes = data.classes if isinstance(data, ImageFolder) else len(CLASSES)
     digests: dict[Any, bytes] = getattr(data, "digests", {})  # of a folder's files, as they are read
     digests.clear()  # those of the sample
     first, end = part_of(args.images or len(data))
@@ -150,6 +156,7 @@ def run_on(args: argparse.Namespace, networks: list[Network], data: Data) -> lis
         measurements = []
         for network in networks:
             measurements.append(stack.enter_context(measuring(network.model.to(device), precision=args.precision)))
+            measurements[-1].classes = classes
         for batches in stack.enter_context(closing(make_batches(args, data, networks, first, end))):
             for network, measurement, batch in zip(networks, measurements, batches, strict=True):
                 bar.set_description(network.label)
@@ -241,24 +248,17 @@ def evenly_spaced(data: Data, total: int, count: int) -> Data:
     return replace(data, images=data.images[chosen], labels=None)
 
 
-def classes(network: Network) -> int | None:
-    """The number of the network's outputs, where it is known."""
-    config = network.checkpoint.config
-    return None if config is None else config.classes
-
-
 def make_batches(
     args: argparse.Namespace, data: Data, networks: list[Network], first: int, end: int
 ) -> Generator[list[Tensor | tuple[Tensor, Tensor]]]:
     """The images from `first` to before `end`: for every network a batch (n, 3, H, W), normalised as it wants them.
 
-    With labels (n,), where they are the network's.
+    With labels (n,), where there are some.
     """
     import torch
 
     from analysis.running import Parts
     from models.images import ImageFolder
-    from models.layouts import CLASSES
     from models.resnet import SIZES
 
     def normalise(part: Sequence[Tensor]) -> list[Tensor | tuple[Tensor, Tensor]]:
@@ -266,14 +266,10 @@ def make_batches(
         for network in networks:
             assert network.checkpoint.preprocessing is not None  # recognised at the latest, as there are images
             x = network.checkpoint.preprocessing(part[0])
-            known = classes(network)
-            theirs = known == folder.classes if folder else known in (None, len(CLASSES))
-            labelled = len(part) > 1 and theirs
-            batches.append((x, part[1]) if labelled else x)
+            batches.append((x, part[1]) if len(part) > 1 else x)
         return batches
 
-    folder = data if isinstance(data, ImageFolder) else None
-    side = SIZES["imagenet" if folder else "cifar"]
+    side = SIZES["imagenet" if isinstance(data, ImageFolder) else "cifar"]
     size = args.batch_size or default_batch_size(side, device_of(args).type)
     few, parts = min(first + FEW, end), Parts("images")
     for images, labels in chain(data.batches(size, first, few), data.batches(size, few, end)):

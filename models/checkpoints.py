@@ -288,6 +288,8 @@ def adopt(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
         raise ValueError(f"the tensors are not those of the network that --model builds: {faults}")
     check_tensors(fitting[0])
     model.load_state_dict(fitting[0], strict=False)
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        model.cpu()  # where images are held against it
     return model.eval()
 
 
@@ -330,6 +332,8 @@ def known_preprocessing(
         raise ValueError(f"unknown preprocessing {name!r}: one of {', '.join([*PRESETS, PER_PIXEL])}")
     if stored is not None and stored.name == PER_PIXEL:
         return [stored]
+    if images is not None and images.shape[1] != SIZES["cifar"]:
+        raise ValueError(f"{PER_PIXEL} preprocessing is for 32x32 images: --normalize imagenet, or another preset")
     return [per_pixel(mean_image(images))] if images is not None else []
 
 

@@ -7,6 +7,7 @@ draw_decomposition(frame).savefig("decomposition.pdf")
 from __future__ import annotations
 
 import math
+from textwrap import wrap
 
 import matplotlib as mpl
 import numpy as np
@@ -53,7 +54,8 @@ def draw_decomposition(frame: pd.DataFrame) -> Figure:
             draw_stack(panel, layers)
             mark_layers(panel, network, layers)
             own = " (own scale)" if top > common else ""
-            panel.set_title(f"{display_name(network)}{own}", fontsize=8, pad=3)
+            title = wrap(f"{display_name(network)}{own}", int(18 * figure.get_figwidth() / columns))
+            panel.set_title("\n".join(title), fontsize=8, pad=3)
             panel.set_ylim(0, 1.05 * max(top, common))
         for panel in figure.axes[len(networks) :]:
             panel.remove()

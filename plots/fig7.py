@@ -26,7 +26,7 @@ BEHIND: dict[str, dict[str, Any]] = {  # curves in a network's colour beside its
     "paper (pale)": {"linewidth": 0.6, "alpha": 0.35},
     "closed form": {"linewidth": 0.8, "dashes": (1.0, 1.0)},
 }
-INSIDE = 8  # entries of a legend; more of them stand above the panels
+INSIDE, ROWS = 8, 5  # entries and rows of a legend; with more of either it stands above the panels
 ORDERS = ("original", "sorted by magnitude")
 
 
@@ -106,16 +106,16 @@ def finish(panel: Axes, order: str, behind: list[str]) -> tuple[list[Any], list[
 def draw_legends(figure: Figure, handles: list[Any], labels: list[str]) -> None:
     """A legend in the upper right of each panel, with room made for it; a long one stands above the panels."""
     options: dict[str, Any] = {"borderpad": 0.3, "labelspacing": 0.2, "handlelength": 2.2, "columnspacing": 1.0}
-    if len(labels) > INSIDE:
+    beside = min(2, columns_of(labels, WIDTH - 0.5)) if len(labels) > 4 else 1
+    if len(labels) > INSIDE or len(labels) > ROWS * beside:
         columns = columns_of(labels, WIDTH)
         figure.set_figheight(figure.get_figheight() + 0.12 * math.ceil(len(labels) / columns))
         legend = figure.legend(handles, labels, loc="outside upper center", ncols=columns, **options)
         legend.get_frame().set_linewidth(0.4)
         mark_legend(legend, handles)
         return
-    columns = min(2, columns_of(labels, WIDTH - 0.5)) if len(labels) > 4 else 1
     for panel in figure.axes:
-        legend = panel.legend(handles, labels, loc="upper right", ncols=columns, borderaxespad=0.2, **options)
+        legend = panel.legend(handles, labels, loc="upper right", ncols=beside, borderaxespad=0.2, **options)
         legend.set_in_layout(False)
         legend.get_frame().set_linewidth(0.4)
         mark_legend(legend, handles)

@@ -247,6 +247,8 @@ def test_the_probe_set_where_it_is_named(tmp_path, same_process, capsys):
     assert np.array_equal(load_images(Job("resnet-8", 2, 8, Path("probe"), "cpu", 1)), probe.load().images[:2])
     assert run(tmp_path, "--networks", "resnet-8", "--data", "probe", "--images", "9000") == 2
     assert capsys.readouterr().err == f"error: --images 9000: there are {len(probe.load())} images in probe\n"
+    args = make_parser().parse_args(["--data", "probe"])
+    assert benchmark.make_job(args, "resnet-8").images == len(probe.load())  # fewer than the default
     assert run(tmp_path, "--networks", "resnet-8", "--data", "cifar10") == 2
     assert capsys.readouterr().err.startswith("error: no CIFAR-10 test images found: tried ")
 

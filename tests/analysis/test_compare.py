@@ -211,6 +211,12 @@ def test_of_a_frame_with_both_sources_the_one_asked_for_is_taken(tmp_path, out, 
     assert warnings[1:] == ["warning: measured networks are compared with closed forms"]
 
 
+def test_a_folder_of_a_shipped_networks_name_does_not_hide_it(files, out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "resnet-20").mkdir()
+    assert run("resnet-20", "b=resnet-20", "--source", "batchnorm", "--out", out) == 0
+
+
 def test_frames_of_different_images_are_a_warning(tmp_path, out, capsys):
     """Such as one of the probe set's 900 and one of the test set's 10,000."""
     a = frame(tmp_path / "a.csv")

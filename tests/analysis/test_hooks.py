@@ -12,6 +12,7 @@ from torch import nn
 import analysis
 from analysis import hooks
 from analysis.hooks import tf32_settings
+from analysis.running import compare_labels
 from models import build, load
 from tests.conftest import ROOT
 
@@ -115,6 +116,57 @@ def test_a_device_without_float64_is_refused(monkeypatch):
     monkeypatch.setattr(hooks, "device_of", lambda model: torch.device("mps"))
     with pytest.raises(ValueError, match=r"the network is on mps, which has no float64 .* move it to the CPU"):
         analysis.measure(nn.Sequential(conv(), nn.BatchNorm2d(4)), [torch.randn(2, 4, 8, 8)])
+
+
+@pytest.mark.parametrize(("ignored", "classes"), [(255, 10), (-100, 10), (-1, 300)])
+def test_labels_that_stand_for_nothing_do_not_count(ignored, classes):
+    """Void pixels of segmentations, and torch's ignore_index."""
+    logits = torch.randn(8, classes)
+    labels = logits.argmax(1)
+    labels[0] = (labels[0] + 1) % classes
+    labels[1:5] = ignored
+    assert compare_labels(logits, (logits, labels)).tolist() == [False, True, True, True]
+
+
+def test_255_is_a_class_where_there_are_so_many():
+    logits = torch.zeros(2, 300)
+    logits[0, 255] = 1
+    assert compare_labels(logits, (logits, torch.tensor([255, 255]))).tolist() == [True, False]
+
+
+def test_passes_that_are_not_added_are_not_measured():
+    """Such as a loader's own, which makes labels with the network that is measured."""
+    network = with_statistics(build("resnet-8"))
+    xs = torch.randn(3, 4, 3, 32, 32)
+    expected = analysis.measure(network, xs)
+    for count in (1, 3):
+        frame = analysis.measure(network, ((x, network(x).argmax(1)) for x in xs[:count]))
+        assert len(frame) == 7
+        assert frame.attrs["accuracy"] == 1
+    assert frame["std"].tolist() == pytest.approx(expected["std"].tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_an_empty_batch_is_passed_over(place):
+    network = with_statistics(build("resnet-8"))
+    xs = list(torch.randn(3, 4, 3, 32, 32))
+    expected = analysis.measure(network, xs)
+    xs.insert(place, torch.zeros(0, 3, 32, 32))
+    assert analysis.measure(network, xs).equals(expected)
+    with pytest.raises(ValueError, match="no images"):
+        analysis.measure(network, [torch.zeros(0, 3, 32, 32)])
+
+
+def test_in_a_block_of_autocast_the_weights_are_those_of_now():
+    """Autocast keeps the weights that it cast until its outermost block ends."""
+    network = with_statistics(build("resnet-8"))
+    x = torch.randn(4, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        network(x)
+        with torch.no_grad():
+            network.conv1.weight *= 3
+        found = analysis.measure(network, [x], precision="bfloat16")
+    assert found["std"].tolist() == analysis.measure(network, [x], precision="bfloat16")["std"].tolist()
 
 
 def test_one_logit_is_no_class():
@@ -449,10 +501,10 @@ def test_an_output_that_does_not_fit_is_not_measured_twice(monkeypatch, capsys):
     batches = [(x, torch.zeros(6, dtype=torch.long)) for x in torch.randn(3, 6, 3, 32, 32).double()]
     compare = hooks.compare_labels
 
-    def limited(output, batch):
+    def limited(output, batch, classes):
         if len(output) > 3:
             raise MemoryError
-        return compare(output, batch)
+        return compare(output, batch, classes)
 
     monkeypatch.setattr(hooks, "compare_labels", limited)
     frame = analysis.measure(network, batches)

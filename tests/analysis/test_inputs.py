@@ -1,5 +1,6 @@
 """From files and options to frames: other people's networks, folders of photographs, both sources at once."""
 
+import json
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from analysis.inputs import CIFAR10, place_of
 from analysis.responses import main
 from models import build, checkpoints, closed_form
 from models.preprocess import PRESETS
+from models.userland import build_from
 from tests.models.test_recognition import blobs, record
 
 
@@ -202,6 +204,64 @@ def test_a_network_with_a_config_of_its_own(source, own, cifar, tmp_path):
     words = ("--checkpoint", tmp_path / "own.ckpt", "--data", cifar, "--out", tmp_path / "out", "--source", source)
     assert run(*words, "--model", f"{tmp_path}/mynet.py:tiny") == 0
     assert frame_of(tmp_path / "out")["kind"].tolist() == ["other"] * 2
+
+
+def test_a_network_of_ones_own_has_an_accuracy_where_it_has_as_many_classes(tmp_path, cifar, capsys):
+    for classes in (10, 100):
+        text = f"nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(3600, {classes}))"
+        (tmp_path / f"own{classes}.py").write_text(f"from torch import nn\n\n\ndef net():\n    return {text}\n")
+        torch.save(build_from(f"{tmp_path}/own{classes}.py:net").state_dict(), tmp_path / "own.pt")
+        words = ("--checkpoint", tmp_path / "own.pt", "--data", cifar, "--out", tmp_path / "out")
+        assert run(*words, "--model", f"{tmp_path}/own{classes}.py:net", "--normalize", "[0,1]") == 0
+        [row] = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()[:2] == ["own", "1"]]
+        assert (row[2] == "-") == (classes == 100)
+
+
+def test_what_cannot_be_computed_is_said_before_all_is_measured(tmp_path, cifar, monkeypatch, capsys):
+    (tmp_path / "own.py").write_text(
+        "from torch import nn\n\n\n"
+        "class Net(nn.Sequential):\n"
+        "    def forward(self, x):\n"
+        "        return self[0](self[1](x))\n\n\n"
+        "def net():\n"
+        "    return Net(nn.BatchNorm2d(4), nn.Conv2d(3, 4, 3))\n"
+    )
+    network = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(3, 4, 3))
+    torch.save(network.state_dict(), tmp_path / "own.pt")
+    monkeypatch.setattr("analysis.sources.measure_on", lambda *words: pytest.fail("it was measured"))
+    words = ("--checkpoint", tmp_path / "own.pt", "--data", cifar, "--model", f"{tmp_path}/own.py:net")
+    assert run(*words, "--normalize", "[0,1]", "--source", "hooks", "batchnorm", "--out", tmp_path / "out") == 2
+    assert "own.pt: no 3x3 convolution followed by a BN" in capsys.readouterr().err
+
+
+def test_a_network_of_ones_own_comes_to_the_cpu_where_it_is_recognised(own, cifar, tmp_path):
+    """Its builder may have put it on a GPU."""
+    text = OWN.replace(
+        "def tiny",
+        "class Net(nn.Sequential):\n    def cpu(self):\n        self.here = True\n"
+        "        return super().cpu()\n\n\ndef tiny",
+    ).replace("return nn.Sequential(", "return Net(")
+    (tmp_path / "mynet.py").write_text(text)
+    checkpoint = checkpoints.load(tmp_path / "own.ckpt", model=build_from(f"{tmp_path}/mynet.py:tiny"))
+    assert checkpoint.model.here
+
+
+def test_per_pixel_preprocessing_of_large_images(resnet_18, photographs, tmp_path, capsys):
+    words = ("--checkpoint", resnet_18, "--data", photographs, "--out", tmp_path / "out", "--normalize", "per-pixel")
+    assert run(*words) == 2
+    message = "per-pixel preprocessing is for 32x32 images: --normalize imagenet, or another preset\n"
+    assert capsys.readouterr().err.endswith(message)
+
+
+def test_only_what_the_builder_built_says_so(own, cifar, tmp_path):
+    words = ("--checkpoint", tmp_path / "own.ckpt", "--depth", 20, "--kind", "residual", "--data", cifar)
+    builder = f"{tmp_path}/mynet.py:tiny"
+    assert run(*words, "--out", tmp_path / "out", "--model", builder, "--source", "batchnorm") == 0
+    provenance = json.loads((tmp_path / "out" / "responses.json").read_text())
+    assert {name: entry["network"]["model"] for name, entry in provenance.items()} == {
+        "resnet-20": None,
+        "own": builder,
+    }
 
 
 def test_without_its_builder_there_are_two_ways_on(own, cifar, tmp_path, capsys):

@@ -521,7 +521,7 @@ def test_depth_and_kind_choose_among_the_shipped_networks(shelf, images, tmp_pat
         "python -m models.train --depth 14 --kind plain makes it\n"
     )
     assert "plain-8: network plain-8 (card), trained for 1,000 iterations\n" in shown.out
-    note = "plain-8, resnet-8 trained for 1,000 of the paper's 64,000 iterations"
+    note = "plain-8, ResNet-8 trained for 1,000 of the paper's 64,000 iterations"
     assert note in (tmp_path / "fig7.svg").read_text()
     assert run("--depth", 14, 8, "--kind", "residual", *words) == 0
     assert drawn(tmp_path) == ["resnet-14", "resnet-8"]

@@ -127,6 +127,16 @@ def test_nothing_is_cut_and_no_title_lies_upon_another():
     assert legend.y1 <= figure.bbox.y1
 
 
+@pytest.mark.parametrize("count", [2, 10])
+def test_long_titles_do_not_lie_upon_each_other(count):
+    frame = pd.concat([A.assign(network=f"a label of many words, number {i}, end") for i in range(count)])
+    with mpl.rc_context(RC):
+        figure = draw_decomposition(frame)
+        figure.draw_without_rendering()
+        titles = [panel.title.get_window_extent() for panel in figure.axes]
+    assert all(not one.overlaps(other) for one in titles for other in titles if one is not other)
+
+
 def test_text_is_text_and_the_same_figure_gives_the_same_bytes():
     def save():
         buffer = io.BytesIO()

@@ -120,6 +120,13 @@ def test_the_legend_of_many_networks_stands_above_the_panels():
     assert all(axes.get_legend() is None for axes in figure.axes)
 
 
+def test_a_legend_of_many_rows_stands_above_the_panels():
+    """Seven labels that are too long for two columns would leave the curves a fifth of the panel."""
+    frame = pd.concat([FRAME.assign(network=FRAME["network"] + f", decay of all, seed {i}") for i in range(2)])
+    some = frame[frame["network"].isin(frame["network"].unique()[:7])]
+    assert all(axes.get_legend() is None for axes in draw_fig7(some).axes)
+
+
 def test_networks_of_one_layer_are_points_beside_the_legend():
     frame = FRAME[FRAME["layer"] == 1]
     with mpl.rc_context(RC):
