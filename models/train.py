@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from models.messages import is_out_of_memory, one_line, out_of_memory
@@ -27,21 +28,32 @@ LARGEST_SEED = 2**64 - 1  # torch's
 
 
 @contextmanager
+def answered(answer: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> Iterator[None]:
+    """Answer these signals in this way."""
+    before = {number: signal.signal(number, answer) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end_at_once(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(number)
+
+
+@contextmanager
 def signals() -> Iterator[Callable[[], int]]:
     """A function that gives the number of the SIGTERM or SIGINT that came, or 0."""
     came: list[int] = []
 
-    def note(number: int, frame: object) -> None:
+    def note(number: int, frame: FrameType | None) -> None:
         if came:
-            raise KeyboardInterrupt(number)  # the second one does not wait for the iteration to end
+            end_at_once(number, frame)  # the second one does not wait for the iteration to end
         came.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with answered(note, signal.SIGTERM, signal.SIGINT):
         yield lambda: came[0] if came else 0
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def load_data(path: Path | None) -> tuple[Cifar10, Cifar10]:
@@ -157,7 +169,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command; its exit status."""
     args = parse(argv)
     try:
-        train_all(args)
+        with answered(end_at_once, signal.SIGTERM):  # Ctrl-C: models.messages.answer_interrupts
+            train_all(args)
     except (Exception, KeyboardInterrupt) as error:
         fault = as_fault(error)
         if args.debug or fault is None:

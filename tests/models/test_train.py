@@ -130,6 +130,17 @@ def test_a_second_signal_says_what_is_kept(made_up_data, tmp_path, monkeypatch, 
     assert capsys.readouterr().err == f"models.train: {said}\n"
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_the_data_are_read_says_what_is_kept(tmp_path, monkeypatch, capsys, number, status):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("models.cifar10.load", lambda path, split: os.kill(os.getpid(), number))
+    assert train.main([*COMMAND, "--out", str(tmp_path / "out")]) == status
+    said = f"stopped by {number.name} at once: what was saved stays, and the same command goes on from there"
+    assert capsys.readouterr().err == f"models.train: {said}\n"
+    assert not (tmp_path / "out").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 @pytest.fixture
 def made_up_data(monkeypatch):
     monkeypatch.setattr(train, "load_data", lambda path: (TRAIN, TEST))
