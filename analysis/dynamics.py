@@ -111,7 +111,8 @@ def check_recipe(recipe: Recipe) -> None:
 
     for entry in fields(recipe):
         value = getattr(recipe, entry.name)
-        if type(value).__name__ != entry.type or (entry.type != "str" and not abs(value) < 2**62):
+        largest = 2**64 if entry.name == "seed" else 2**62
+        if type(value).__name__ != entry.type or (entry.type != "str" and not abs(value) < largest):
             raise ValueError(f"{entry.name} is {value!r}")
     if recipe.kind not in KINDS.values() or recipe.depth < 8 or recipe.iterations < 1:
         raise ValueError(f"it says kind {recipe.kind!r}, depth {recipe.depth} and {recipe.iterations} iterations")

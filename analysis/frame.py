@@ -42,10 +42,38 @@ def read_columns(path: Path) -> list[str]:
     return [name.strip(' "') for name in line.rstrip("\n").split(",")]
 
 
-def make_frame(rows: Sequence[dict[str, object]] | pd.DataFrame, **constants: object) -> pd.DataFrame:
-    """A frame of rows that hold some of the columns; `constants` are the same in every row, the rest is empty."""
-    frame = pd.DataFrame(rows).assign(**constants).reindex(columns=list(COLUMNS))
-    return frame.astype(dict.fromkeys(INTEGERS, "Int64"))
+def make_frame(
+    rows: Sequence[dict[str, object]] | pd.DataFrame,
+    *,
+    network: str,
+    kind: str = "other",
+    depth: int | None = None,
+    **constants: object,
+) -> pd.DataFrame:
+    """A frame of rows that hold some of the columns; the arguments are the same in every row, the rest is empty.
+
+    A network of kind `other` is one of the paper's if it is called so and has as many layers: resnet-20 and 19.
+    """
+    if kind == "other":
+        kind, depth = meant(network, len(rows))
+    frame = pd.DataFrame(rows).assign(network=network, kind=kind, depth=depth, **constants)
+    return frame.reindex(columns=list(COLUMNS)).astype(dict.fromkeys(INTEGERS, "Int64"))
+
+
+def meant(network: str, layers: int) -> tuple[str, int | None]:
+    """Kind and depth of the network for CIFAR-10 that a label names, if that has as many layers; else `other`.
+
+    >>> meant("resnet-20", 19), meant("resnet-20", 20)
+    (('residual', 20), ('other', None))
+    """
+    from models.resnet import parse_name
+
+    try:
+        config = parse_name(network)
+    except ValueError:
+        return "other", None
+    named = config.images == "cifar" and layers == config.depth - 1
+    return (config.kind, config.depth) if named else ("other", None)
 
 
 def relative_difference(std: pd.Series[float], to: pd.Series[float]) -> pd.Series[float]:

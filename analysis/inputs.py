@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.processes import together
+from analysis.processes import rank, together
 from models.messages import is_plain
 
 if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help does without
@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help 
 
 LABEL = 80  # characters at most
 SAMPLE = 64  # images of 224x224 pixels by which a network is recognised
+ON_IMAGES = ("data", "split", "images", "normalize", "batch_size", "device", "precision")  # options that need some
 CIFAR10, PROBE = Path("cifar10"), Path("probe")  # words that --data takes: the real images or an error, a stand-in
 
 
@@ -78,7 +79,7 @@ def add_options(parser: argparse.ArgumentParser, *, both: bool = False, source: 
         "(default: $CIFAR10, ./data, cache folder, download, else the probe set); for ImageNet's networks a folder of "
         "images; probe: synthetic images in place of CIFAR-10's; cifar10: these, or an error")  # fmt: skip
     add("--split", choices=("test", "train"), default="test", help="of CIFAR-10 (default: %(default)s)")
-    add("--images", type=positive, metavar="N", help="measure on the first N images (default: all)")
+    add("--images", type=positive, metavar="N", help="measure on N of the images, evenly spaced (default: all)")
     add("--normalize", default="auto", metavar="PRESET", help="imagenet, cifar10, cifar10-2, [-1,1], [0,1], per-pixel "
         "or auto (the file's card, else what fits; the default)")  # fmt: skip
     add("--model", metavar="FILE.py:FUNCTION", help="builds the network of the checkpoints, where it is none of the "
@@ -102,7 +103,11 @@ def positive(text: str) -> int:
 
 
 def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with argparse's usage line and status 2 where an option's value does not exist on this machine."""
+    """End with argparse's usage line and status 2 where an option's value does not exist on this machine.
+
+    A source that is named twice counts once, and options that say how images are measured are named where there are
+    none.
+    """
     from models.preprocess import PER_PIXEL, PRESETS
 
     presets = ["auto", *PRESETS, PER_PIXEL]
@@ -112,6 +117,14 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device on this machine; use --device cpu")
+    sources = list(dict.fromkeys(getattr(args, "source", None) or ()))
+    if sources:
+        args.source = sources
+    if sources == ["batchnorm"] and rank() == 0:
+        given = [name for name in ON_IMAGES if getattr(args, name) != parser.get_default(name)]
+        if given:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            print(f"{options}: without effect, --source batchnorm takes no images", file=sys.stderr)
 
 
 def check_folder(folder: Path) -> None:
@@ -166,9 +179,10 @@ def load_checkpoint(args: argparse.Namespace, item: Found, sample: Any) -> Check
     from models.resnet import parse_name
     from models.userland import build_from
 
-    model = build_from(args.model) if args.model and not is_shipped(item.path) else None
-    normalize = None if args.normalize == "auto" else args.normalize
-    options: dict[str, Any] = {"normalize": normalize, "ema": args.ema and not is_shipped(item.path), "model": model}
+    ours = is_shipped(item.path)  # its card says all that options say of others
+    model = build_from(args.model) if args.model and not ours else None
+    normalize = None if args.normalize == "auto" or ours else args.normalize
+    options: dict[str, Any] = {"normalize": normalize, "ema": args.ema and not ours, "model": model}
     options["need_model"] = args.source != ["batchnorm"]
     checkpoint = load(item.path, kind=item.kind, images=sample, **options)
     try:

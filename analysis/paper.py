@@ -56,11 +56,11 @@ def judge(
 
     frame: one source for all networks (see analysis.frame). blocks: the blocks of their residual networks (see
     analysis.branches), which the third statement is about. iterations: for how many networks were trained, by label,
-    where that is known: a sentence about two that differ says so. One row a number: claim (1 to 3), statement, networks
-    (whose it is), measure, value, expected (`< 0` or `> 0.5`), verdict and sentence. A verdict is `holds` where the
-    value is as the paper says, else `does not hold`; a statement that no two networks here can decide has one row with
-    `cannot be judged here` and no value. Layers of two networks are compared at the same position, as in Fig. 7;
-    networks for CIFAR-10 and for ImageNet are not.
+    where that is known. One row a number: claim (1 to 3), statement, networks (whose it is), measure, value, expected
+    (`< 0` or `> 0.5`), verdict and sentence. A verdict is `holds` where the value is as the paper says, else `does not
+    hold`; `cannot be judged here` where the two networks were not trained for as many iterations, which the sentence
+    says, and, with no value, where no two networks here are ones that the statement is about. Layers of two networks
+    are compared at the same position, as in Fig. 7; networks for CIFAR-10 and for ImageNet are not.
     """
     rows: list[dict[str, Any]] = []
     for number, (statement, measures, why_not) in enumerate(zip(STATEMENTS, MEASURES, WHY_NOT, strict=True), start=1):
@@ -69,10 +69,18 @@ def judge(
         nothing = Number((), "", math.nan, "", why_not)
         for item in found or [nothing]:
             holds = item.value < 0 if item.expected == "< 0" else item.value > 0.5
-            verdict = ("holds" if holds else "does not hold") if found else "cannot be judged here"
-            words = {"networks": ", ".join(item.networks), "sentence": item.sentence + lengths(item, iterations or {})}
+            unequal = lengths(item, iterations or {})
+            verdict = OPEN if unequal or not found else "holds" if holds else "does not hold"
+            words = {"networks": ", ".join(item.networks), "sentence": item.sentence + unequal}
             rows.append(claim | asdict(item) | words | {"verdict": verdict})
     return pd.DataFrame(rows)[list(CLAIM_COLUMNS)]
+
+
+def verdict_of(numbers: pd.DataFrame) -> str:
+    """What the numbers of one statement say together (see `judge`): those that cannot be judged do not count."""
+    verdicts = set(numbers["verdict"])
+    judged = verdicts - {OPEN} or verdicts
+    return judged.pop() if len(judged) == 1 else "holds in part"
 
 
 @dataclass(frozen=True)
@@ -169,6 +177,7 @@ MEASURES = (below_plain, order_of_means, smaller_steps)
 WHY_NOT = (
     "no residual and plain network of one depth",
     "no two residual networks of different depth",
-    "it takes images, and two residual networks of different depth",
+    "no two residual networks of different depth whose blocks ran on images",
 )
+OPEN = "cannot be judged here"
 CLAIM_COLUMNS = ("claim", "statement", "networks", "measure", "value", "expected", "verdict", "sentence")

@@ -47,7 +47,7 @@ CAPTIONS = (
 )
 PAPER_DEPTHS = [20, 56, 110]
 PAPER_ITERATIONS = 64_000
-MARKS = {"holds": "+", "does not hold": "-", "cannot be judged here": " "}  # before the sentence of a number
+MARKS = {"holds": "+", "does not hold": "-", "cannot be judged here": "?"}  # before the sentence of a number
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -233,10 +233,11 @@ def print_differences(frame: pd.DataFrame) -> None:
 
 def print_claims(claims: pd.DataFrame) -> None:
     """The paper's statements, each with its verdict and what it rests on."""
+    from analysis.paper import verdict_of
+
     print("\nThe paper's claims, on these networks:")
     for statement, numbers in claims.groupby("statement", sort=False):
-        verdicts = set(numbers["verdict"])
-        print(f"  {statement}: {verdicts.pop() if len(verdicts) == 1 else 'holds in part'}")
+        print(f"  {statement}: {verdict_of(numbers)}")
         for verdict, sentence in zip(numbers["verdict"], numbers["sentence"], strict=True):
             print(f"    {MARKS[verdict]} {sentence}")
 

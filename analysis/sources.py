@@ -51,7 +51,7 @@ def room(device: str) -> int:
 
     if device == "cuda":
         return torch.cuda.mem_get_info()[0] // 64
-    known = "SC_LEVEL2_CACHE_SIZE" in os.sysconf_names and os.sysconf("SC_LEVEL2_CACHE_SIZE")
+    known = "SC_LEVEL2_CACHE_SIZE" in getattr(os, "sysconf_names", ()) and os.sysconf("SC_LEVEL2_CACHE_SIZE")
     return 4 * (known or 2**20) * torch.get_num_threads()
 
 
@@ -148,7 +148,8 @@ def run_on(args: argparse.Namespace, networks: list[Network], data: Data) -> lis
     classes = data.classes if isinstance(data, ImageFolder) else len(CLASSES)
     digests: dict[Any, bytes] = getattr(data, "digests", {})  # of a folder's files, as they are read
     digests.clear()  # those of the sample
-    first, end = part_of(args.images or len(data))
+    data = data.some(args.images or len(data))
+    first, end = part_of(len(data))
     total = (end - first) * len(networks)
     silent = True if rank() else None  # None: where stderr is no terminal
     with together(), ExitStack() as stack:
@@ -174,7 +175,7 @@ def run_on(args: argparse.Namespace, networks: list[Network], data: Data) -> lis
 
 
 def rounding_errors(args: argparse.Namespace, networks: list[Network], data: Data) -> list[dict[str, float]]:
-    """For each network the relative differences of std in bfloat16 from float32, on the first images; printed too."""
+    """For each network the relative differences of std in bfloat16 from float32, on some images; printed too."""
     from analysis.frame import relative_difference
 
     images = min(ERROR_IMAGES, args.images or len(data))
@@ -188,7 +189,7 @@ def rounding_errors(args: argparse.Namespace, networks: list[Network], data: Dat
         errors.append({"images": images, "mean": relative.mean(), "largest": relative.max()})
         print(
             f"{network.label}: std in bfloat16 is {100 * relative.mean():.2f} % from float32 in the mean over layers, "
-            f"{100 * relative.max():.2f} % in layer {relative.argmax() + 1} (first {images} images)"
+            f"{100 * relative.max():.2f} % in layer {relative.argmax() + 1} ({images} images)"
         )
     return errors
 
@@ -216,7 +217,7 @@ def measure_blocks(args: argparse.Namespace, plan: Plan) -> pd.DataFrame | None:
 
     if plan.data is None:
         return None
-    some = evenly_spaced(plan.data, args.images or len(plan.data), BLOCK_IMAGES)
+    some = replace(plan.data.some(min(args.images or len(plan.data), BLOCK_IMAGES)), labels=None)
     with ExitStack() as stack:
         records = []
         for network in plan.networks:
@@ -234,18 +235,6 @@ def measure_blocks(args: argparse.Namespace, plan: Plan) -> pd.DataFrame | None:
         with named(network):
             frames.append(record.to_frame(network.label))
     return pd.concat(frames) if frames else None
-
-
-def evenly_spaced(data: Data, total: int, count: int) -> Data:
-    """At most `count` of the first `total` images, without labels: in class folders the first are of few classes."""
-    import numpy as np
-
-    from models.images import ImageFolder
-
-    chosen = np.linspace(0, total - 1, min(count, total)).astype(int)
-    if isinstance(data, ImageFolder):
-        return replace(data, files=[data.files[i] for i in chosen], labels=None)
-    return replace(data, images=data.images[chosen], labels=None)
 
 
 def make_batches(

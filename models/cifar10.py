@@ -19,9 +19,9 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -53,6 +53,12 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def some(self, count: int) -> Self:
+        """At most `count` of the images, evenly spaced: they may be sorted by class."""
+        chosen = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
+        labels = None if self.labels is None else self.labels[chosen]
+        return replace(self, images=self.images[chosen], labels=labels)
 
     def batches(
         self, size: int, first: int = 0, end: int | None = None

@@ -16,7 +16,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -82,11 +82,16 @@ class ImageFolder:
         """Where the images that were read come from, as JSON can hold it."""
         return {"path": str(self.path), "layout": "folder of images", "sha256": self.digest}
 
+    def some(self, count: int) -> ImageFolder:
+        """At most `count` of the files, evenly spaced: they are sorted by class."""
+        chosen = np.linspace(0, len(self.files) - 1, min(count, len(self.files))).astype(int)
+        labels = None if self.labels is None else self.labels[chosen]
+        return replace(self, files=[self.files[i] for i in chosen], labels=labels)
+
     def sample(self, count: int) -> np.ndarray:
         """At most `count` images (n, 224, 224, 3), evenly spaced over the sorted files."""
-        chosen = np.linspace(0, len(self.files) - 1, min(count, len(self.files))).astype(int)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return np.stack(list(pool.map(self.decode, [self.files[i] for i in chosen])))
+            return np.stack(list(pool.map(self.decode, self.some(count).files)))
 
     def batches(
         self, size: int, first: int = 0, end: int | None = None

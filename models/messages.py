@@ -68,24 +68,33 @@ def answer_interrupts() -> None:
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        while frame is not None:
-            if frame.f_code.co_filename.startswith("<frozen importlib"):
-                end_interrupted()
-            frame = frame.f_back
+        if is_importing(frame):
+            end("interrupted", 130)
         raise KeyboardInterrupt
 
     def answer(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         if issubclass(kind, KeyboardInterrupt):
-            end_interrupted()
+            end("interrupted", 130)
         sys.__excepthook__(kind, error, traceback)
 
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # what a script starts with & is not meant
+        return
     signal.signal(signal.SIGINT, interrupt)
     sys.excepthook = answer
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # all is done and said by then
 
 
-def end_interrupted() -> NoReturn:
+def is_importing(frame: FrameType | None) -> bool:
+    """Whether a signal came in the middle of an import, where what a handler raises may be swallowed."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def end(words: str, status: int) -> NoReturn:
     """Say so, and end the process, whatever runs in it."""
     sys.stdout.flush()
-    print("interrupted", file=sys.stderr, flush=True)
-    os._exit(130)
+    print(words, file=sys.stderr, flush=True)
+    os._exit(status)

@@ -61,6 +61,11 @@ class Recipe:
     warm_up: bool = False  # below WARM_UP_DEPTH; from there on it goes without saying
 
     @property
+    def warms_up(self) -> bool:
+        """Whether training starts at a tenth of the learning rate."""
+        return self.warm_up or self.depth >= WARM_UP_DEPTH
+
+    @property
     def label(self) -> str:
         """The name of the run and of its folder."""
         decay = "" if self.decay == "weights" else f"-{self.decay}"

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from models.messages import is_out_of_memory, one_line, out_of_memory
+from models.messages import end, is_importing, is_out_of_memory, one_line, out_of_memory
 from models.recipe import DECAY, WARM_UP_DEPTH, Fault, Recipe
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help does not need it: functions import it
@@ -29,8 +29,11 @@ LARGEST_SEED = 2**64 - 1  # torch's
 
 @contextmanager
 def answered(answer: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> Iterator[None]:
-    """Answer these signals in this way."""
-    before = {number: signal.signal(number, answer) for number in numbers}
+    """Answer these signals in this way, but for those that are ignored: a script's Ctrl-C does not mean what it put
+    into the background.
+    """
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, answer) for number in heard}
     try:
         yield
     finally:
@@ -39,7 +42,13 @@ def answered(answer: Callable[[int, FrameType | None], None], *numbers: signal.S
 
 
 def end_at_once(number: int, frame: FrameType | None) -> None:
+    if is_importing(frame):
+        end(f"models.train: {at_once(number)}", 128 + number)
     raise KeyboardInterrupt(number)
+
+
+def at_once(number: int) -> str:
+    return f"stopped by {signal.Signals(number).name} at once: {KEPT}"
 
 
 @contextmanager
@@ -128,10 +137,12 @@ def train_all(args: argparse.Namespace) -> None:
     from models import training
 
     data = functools.cache(load_data)
-    for recipe in recipes(args):
+    wanted = recipes(args)
+    for recipe in wanted:  # all of them first: the last one's is not told after days
+        training.check_folder(recipe, args.out / recipe.label)
+    for recipe in wanted:
         folder = args.out / recipe.label
         finished = folder / f"{recipe.network}.safetensors"
-        training.check_folder(recipe, folder)
         if finished.exists():
             print(f"{recipe.label}: finished before, skipped ({finished})")
             continue
@@ -185,8 +196,8 @@ def as_fault(error: BaseException) -> Fault | None:
     if is_out_of_memory(error):
         return Fault(out_of_memory(error, f"take another device, or end other programs; {KEPT}"), 2)
     if isinstance(error, KeyboardInterrupt):
-        number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
-        return Fault(f"stopped by {number.name} at once: {KEPT}", 128 + number)
+        number = error.args[0] if error.args else signal.SIGINT
+        return Fault(at_once(number), 128 + number)
     if isinstance(error, OSError):
         return Fault(str(error))
     return error if isinstance(error, Fault) else None

@@ -38,11 +38,11 @@ from models import checkpoints
 from models.batchnorm import closed_form
 from models.cifar10 import Cifar10
 from models.files import LEFT, remove_left, replacing
+from models.messages import is_out_of_memory
 from models.preprocess import augment, mean_image, per_pixel
 from models.recipe import (
     CROP,
     STATISTICS,
-    WARM_UP_DEPTH,
     WARM_UP_ERROR,
     WARM_UP_WINDOW,
     CapturedStep,
@@ -107,17 +107,27 @@ class Training:
         self.order = functools.lru_cache(maxsize=2)(permutation)
         self.network = new_network(recipe)
         self.optimizer = new_optimizer(self.network, recipe)
-        self.progress = Progress(warming_up=recipe.warm_up or recipe.depth >= WARM_UP_DEPTH)
+        self.progress = Progress(warming_up=recipe.warms_up)
         self.restore()
         self.step = new_step(self.network, self.optimizer, recipe)
         if recipe.device == "cuda":
             torch.backends.cudnn.benchmark = True
             torch.backends.cudnn.allow_tf32 = False  # float32 means float32
-            with compiled_blocks(self.network):
-                self.step = CapturedStep(self.step, *self.batch(), list(self.tensors().values()))
+            self.step = self.captured()
         self.pending: list[Tensor] = []  # what steps gave since the last look
         self.shown = ""  # in the progress bar
         self.clock = self.saved_at = time.perf_counter()
+
+    def captured(self) -> CapturedStep:
+        """The step as one CUDA graph of compiled blocks. Fault where they cannot be compiled."""
+        try:
+            with compiled_blocks(self.network):
+                return CapturedStep(self.step, *self.batch(), list(self.tensors().values()))
+        except (RuntimeError, ImportError) as error:
+            if is_out_of_memory(error):
+                raise
+            needs = "torch.compile needs Triton and a C compiler; --device cpu trains without them"
+            raise Fault(f"the network cannot be compiled for this GPU ({error}): {needs}", 2) from error
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a step changes, by name."""
@@ -202,7 +212,9 @@ class Training:
     def diverged(self, what: str, iteration: int) -> Fault:
         lr = self.recipe.learning_rate(iteration, self.progress.warming_up)
         kept = f"{STATE} keeps the last good state (iteration {self.saved})"
-        return Fault(f"{self.folder}: diverged: {what} at iteration {iteration}, learning rate {lr:g}; stopped, {kept}")
+        advice = "the same command ends alike: take another --seed, or --warm-up"
+        what = f"diverged: {what} at iteration {iteration}, learning rate {lr:g}; stopped, {kept}"
+        return Fault(f"{self.folder}: {what}; {advice}")
 
     def means(self) -> dict[str, float]:
         """The mean loss, and the training error in %, since the last row."""
@@ -215,7 +227,7 @@ class Training:
 
     def close_epoch(self, epoch: int, lr: float) -> None:
         """Evaluate, and add a row to metrics.csv."""
-        self.look()
+        self.check()
         progress = self.progress
         row = {"epoch": epoch, "iteration": progress.iteration, **self.means()}
         row |= {"test_error": self.test_error(self.recipe), "lr": lr, "mean_std": self.mean_std()}
@@ -249,14 +261,17 @@ class Training:
             writer.writeheader()
             writer.writerows(self.progress.rows)
 
+    def check(self) -> None:
+        """Fault where a loss up to here is no number, or the network is none that may be kept."""
+        self.look()
+        if not all(tensor.isfinite().all() for tensor in self.tensors().values()):
+            raise self.diverged("not all weights are finite", self.progress.iteration - 1)
+
     def save(self) -> None:
         """Write the state, whole or not at all. Fault, and the old state stays, where a number in it is not finite."""
-        self.look()
-        tensors = self.tensors()
-        if not all(tensor.isfinite().all() for tensor in tensors.values()):
-            raise self.diverged("not all weights are finite", self.progress.iteration - 1)
+        self.check()
         content = io.BytesIO()  # torch.save tells no full disk from another fault, a file does
-        torch.save({"progress": asdict(self.progress), "tensors": tensors, "data": self.digest}, content)
+        torch.save({"progress": asdict(self.progress), "tensors": self.tensors(), "data": self.digest}, content)
         with replacing(self.folder / STATE) as temporary:
             temporary.write_bytes(content.getbuffer())
         self.write_rows()
@@ -294,7 +309,7 @@ class Training:
         checkpoints.save(path, self.network, self.preprocessing, crop_padding="zero", training=card)
 
     def snapshot(self) -> None:
-        self.look()  # a network after a loss that is no number is not kept
+        self.check()
         iteration = self.progress.iteration
         lr = self.recipe.learning_rate(max(iteration - 1, 0), self.progress.warming_up)  # of the step that led here
         path = self.folder / "snapshots" / f"iteration-{iteration:07}.safetensors"
@@ -322,6 +337,7 @@ class Training:
         self.write_network(
             self.folder / f"{recipe.network}.safetensors",
             recipe="He et al., CVPR 2016, section 4.2",
+            warm_up=recipe.warms_up,
             bn_statistics=f"one batch of {len(x):,} augmented training images",
             test_error=round(error, 2),
             mean_std=round(self.mean_std(), 6),
@@ -381,6 +397,8 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise Fault(f"{folder}: another trainer is at work here; choose another --out", 2) from error
+        except OSError as error:
+            raise Fault(f"{folder}: cannot be locked: {error.strerror}; choose an --out on another disk", 2) from error
         remove_left(folder.rglob(LEFT))
         yield
 

@@ -1,7 +1,7 @@
 """Fig. 7 of the paper: the std of layer responses, in original order and sorted by magnitude.
 
 from plots import draw_fig7
-draw_fig7(frame, paper=analysis.paper.curves()).savefig("fig7.pdf")
+draw_fig7(frame, paper=curves()).savefig("fig7.pdf")  # curves: of analysis.paper
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ BEHIND: dict[str, dict[str, Any]] = {  # curves in a network's colour beside its
     "paper (pale)": {"linewidth": 0.6, "alpha": 0.35},
     "closed form": {"linewidth": 0.8, "dashes": (1.0, 1.0)},
 }
+SPARSE = (1.0, 3.0)  # dashes of a plain network's closed form: it may have the colour of a residual one's
 INSIDE, ROWS = 8, 5  # entries and rows of a legend; with more of either it stands above the panels
 ORDERS = ("original", "sorted by magnitude")
 
@@ -34,9 +35,9 @@ def draw_fig7(frame: pd.DataFrame, paper: pd.DataFrame | None = None, note: str 
     """Draw the two panels of the paper's Fig. 7 at the width of one column.
 
     frame: columns network, kind, depth, layer, std, source; one curve a network, in the order of the frame; where it
-    holds both sources, the closed form is dotted. paper: columns kind, depth, layer, std; its curves are drawn behind,
-    thin and pale, where the frame has a network of that kind and depth. note: stands below the figure. Returns a figure
-    that belongs to no window. Raises ValueError for an empty frame.
+    holds both sources, the closed form is dotted, a plain network's sparsely. paper: columns kind, depth, layer, std;
+    its curves are drawn behind, thin and pale, where the frame has a network of that kind and depth. note: stands below
+    the figure. Returns a figure that belongs to no window. Raises ValueError for an empty frame.
 
     >>> frame = pd.DataFrame({"layer": [1, 2, 3], "std": [0.5, 1.5, 1.0], "source": "hooks"})
     >>> figure = draw_fig7(frame.assign(network="plain-8", kind="plain", depth=8))
@@ -54,6 +55,8 @@ def draw_fig7(frame: pd.DataFrame, paper: pd.DataFrame | None = None, note: str 
             shown = draw_paper(panel, frame, paper, look, order)
             for (network, source), layers in frame.groupby(["network", "source"], sort=False):
                 dotted = {"label": None, **BEHIND["closed form"]} if both and source == "batchnorm" else {}
+                if dotted and layers["kind"].iloc[0] == "plain":
+                    dotted["dashes"] = SPARSE
                 index, std, layer = curve(layers, order)
                 [line] = panel.plot(index, std, marker=point_of(index), **look[str(network)] | dotted)
                 mark(line, str(network), layer)

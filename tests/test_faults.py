@@ -507,28 +507,43 @@ import os, signal, sys
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
         if name == os.environ["INTERRUPT_AT"]:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(int(os.environ["INTERRUPT_BY"]))
 sys.meta_path.insert(0, Interrupt())
 """
 
 
 def interrupt_imports(command, folder, rounds):
     lay_out(folder)
-    (folder / "site").mkdir()
-    (folder / "site" / "sitecustomize.py").write_text(SITE)
-    words, modules = (text.split() for text in IMPORTS[command])
+    modules = IMPORTS[command][1].split()
     for module in modules[:rounds]:
-        environment = os.environ | {"PYTHONPATH": f"{folder / 'site'}:{ROOT}", "INTERRUPT_AT": module}
-        run = [sys.executable, "-m", command, *words]
-        done = subprocess.run(run, capture_output=True, text=True, check=False, env=environment, cwd=folder)
-        assert (done.returncode, done.stderr) == (130, "interrupted\n"), module
+        assert signalled(command, module, signal.SIGINT, folder) == (130, "interrupted\n"), module
     return f"at {', '.join(modules)}: status 130, `interrupted`"
+
+
+def signalled(command, module, number, folder):
+    """Exit status and stderr of a command to which a signal comes at the import of a module."""
+    (folder / "site").mkdir(exist_ok=True)
+    (folder / "site" / "sitecustomize.py").write_text(SITE)
+    environment = os.environ | {"PYTHONPATH": f"{folder / 'site'}:{ROOT}"}
+    environment |= {"INTERRUPT_AT": module, "INTERRUPT_BY": str(int(number))}
+    run = [sys.executable, "-m", command, *IMPORTS[command][0].split()]
+    done = subprocess.run(run, capture_output=True, text=True, check=False, env=environment, cwd=folder)
+    return done.returncode, done.stderr
 
 
 for _command, (_moments, _) in INTERRUPTED.items():
     fault(len(_moments), 2, f"Ctrl-C in {_command}")(functools.partial(interrupt_moments, _command))
 for _command in IMPORTS:
     fault(4, 1, f"Ctrl-C in imports of {_command}")(functools.partial(interrupt_imports, _command))
+
+
+@fault(2, 1, f"SIGTERM in imports of {TRAINER}")
+def end_imports(folder, rounds):
+    modules = ("torch.nn.modules.conv", "torch")
+    said = "stopped by SIGTERM at once: what was saved stays, and the same command goes on from there"
+    for module in modules[:rounds]:
+        assert signalled(TRAINER, module, signal.SIGTERM, folder) == (143, f"models.train: {said}\n"), module
+    return f"at {', '.join(modules)}: status 143, `{said}`"
 
 
 @fault(3, 1, f"Ctrl-C in {TRAINER}")

@@ -1,5 +1,6 @@
 """From files and options to frames: other people's networks, folders of photographs, both sources at once."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from analysis.inputs import CIFAR10, place_of
 from analysis.responses import main
 from models import build, checkpoints, closed_form
+from models.files import sha256
 from models.preprocess import PRESETS
 from models.userland import build_from
 from tests.models.test_recognition import blobs, record
@@ -89,6 +91,26 @@ def test_it_is_what_pillow_and_torch_make_of_the_images(resnet_18, photographs, 
         block = network.layer1[0]
         expected = block.bn1(block.conv1(y)).double().std(correction=0).item()
     assert frame_of(tmp_path / "out")["std"][0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_some_images_of_class_folders_are_of_all_classes(resnet_18, photographs, tmp_path):
+    words = ("--data", photographs, "--out", tmp_path / "out", "--format", "svg", "--source", "hooks", "hooks")
+    assert run("--checkpoint", resnet_18, "--images", 3, *words) == 0
+    files = sorted(photographs.glob("*/*"))
+    assert len({file.parent for file in files[::4]}) == 3
+    digests = sorted(sha256(file) for file in files[::4])  # the first, the middle and the last
+    read = json.loads((tmp_path / "out" / "responses.json").read_text())["resnet-18"]["data"]
+    assert (read["images"], read["sha256"]) == (3, hashlib.sha256(bytes.fromhex("".join(digests))).hexdigest())
+
+
+def test_options_for_images_are_told_where_there_are_none(resnet_18, photographs, tmp_path, capsys):
+    words = ("--checkpoint", resnet_18, "--source", "batchnorm", "batchnorm", "--out", tmp_path / "out")
+    assert run(*words, "--data", photographs, "--batch-size", 3, "--normalize", "auto") == 0
+    assert capsys.readouterr().err.splitlines()[0] == (
+        "--data, --batch-size: without effect, --source batchnorm takes no images"
+    )
+    assert run(*words) == 0
+    assert "without effect" not in capsys.readouterr().err
 
 
 def test_without_images_it_is_the_closed_form(resnet_18, tmp_path, capsys):

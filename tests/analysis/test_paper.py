@@ -1,7 +1,7 @@
 import pandas as pd
 import pytest
 
-from analysis.paper import CLAIM_COLUMNS, against_paper, curves, judge
+from analysis.paper import CLAIM_COLUMNS, against_paper, curves, judge, verdict_of
 
 
 def frame(**networks):
@@ -104,6 +104,22 @@ def test_networks_of_other_lengths_of_training_are_marked():
     for known, expected in ((lengths, [False] * 2 + [True]), (lengths | {"residual-56": None}, [False] * 3)):
         claims = judge(networks, iterations=known).dropna(subset="value")
         assert claims["sentence"].str.endswith("; after 4,000 and 64,000 iterations").tolist() == expected
+        assert (claims["verdict"] == "cannot be judged here").tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "together"),
+    [
+        (YES, "holds"),
+        (NO * 2, "does not hold"),
+        (YES + NO, "holds in part"),
+        (OPEN, "cannot be judged here"),
+        (YES + OPEN, "holds"),
+        (OPEN + NO + YES + OPEN, "holds in part"),
+    ],
+)
+def test_what_cannot_be_judged_does_not_count(verdicts, together):
+    assert verdict_of(pd.DataFrame({"verdict": verdicts})) == together
 
 
 def test_equal_means_are_neither_more_nor_less():
@@ -146,6 +162,6 @@ def test_what_cannot_be_judged_says_why():
     assert claims["sentence"].tolist() == [
         "no residual and plain network of one depth",
         "no two residual networks of different depth",
-        "it takes images, and two residual networks of different depth",
+        "no two residual networks of different depth whose blocks ran on images",
     ]
     assert claims["value"].isna().all()

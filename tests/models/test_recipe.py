@@ -10,6 +10,8 @@ import torch
 
 from models import build
 from models.recipe import (
+    WARM_UP_DEPTH,
+    WARM_UP_ERROR,
     Recipe,
     batch_indices,
     compiled_blocks,
@@ -18,7 +20,6 @@ from models.recipe import (
     new_step,
     recompute_statistics,
 )
-from models.training import WARM_UP_DEPTH, WARM_UP_ERROR
 
 SMALL = Recipe("residual", 8, iterations=12, batch=32)
 

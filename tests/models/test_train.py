@@ -1,5 +1,6 @@
 """The command: which networks it trains, how it is interrupted, what it says when it cannot go on."""
 
+import json
 import os
 import re
 import signal
@@ -7,14 +8,16 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import asdict, replace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from models import train
-from models.recipe import Fault
+from models import messages, train
+from models.recipe import Fault, Recipe
 from tests.conftest import ROOT
 from tests.models.test_training import TEST, TRAIN, assert_same, go, results
 
@@ -139,6 +142,31 @@ def test_a_signal_while_the_data_are_read_says_what_is_kept(tmp_path, monkeypatc
     assert capsys.readouterr().err == f"models.train: {said}\n"
     assert not (tmp_path / "out").exists()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_an_ignored_signal_stays_ignored():
+    """A script's Ctrl-C is not for what it put into the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with train.signals() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop() == 0
+        messages.answer_interrupts()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_another_configuration_is_told_before_anything_is_trained(made_up_data, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "plain-8-16-seed0"
+    folder.mkdir()
+    recipe = replace(Recipe("plain", 8), iterations=16, snapshots=3)
+    (folder / "config.json").write_text(json.dumps(asdict(recipe)))
+    monkeypatch.setattr("models.training.run", mock.Mock(side_effect=AssertionError("it trains")))
+    words = ["--depth", "8", "--kind", "residual", "plain", "--iterations", "16", "--out", str(tmp_path)]
+    assert train.main(words) == 2
+    line = f"models.train: {folder}: a run of another configuration: snapshots is 3 there and 9 here; choose another "
+    assert capsys.readouterr().err == line + "--out\n"
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import errno
 import fcntl
 import io
 import json
@@ -11,6 +12,7 @@ import signal
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -88,7 +90,7 @@ def rows_of(folder):
 
 
 def test_warm_up_ends_when_the_training_error_is_below_80_percent(tmp_path, monkeypatch):
-    monkeypatch.setattr("models.training.WARM_UP_DEPTH", 8)
+    monkeypatch.setattr("models.recipe.WARM_UP_DEPTH", 8)
     monkeypatch.setattr("models.training.WARM_UP_WINDOW", 3)
     training = Training(replace(SMALL, batch=10, iterations=1000), TRAIN, TEST, tmp_path)
     wrong = [10, 10, 10, 8, 8, 8, 8, 8, 7, 10, 10, 10]  # of 10 images each; exactly 80 % is not below 80 %
@@ -102,7 +104,8 @@ def test_warm_up_ends_when_the_training_error_is_below_80_percent(tmp_path, monk
 
 def test_a_warm_up_that_ends_at_a_snapshot(tmp_path, monkeypatch):
     """The learning rate that is told of is that of the step before, not of the next."""
-    for name, value in (("DEPTH", 8), ("WINDOW", 3), ("ERROR", 101)):
+    monkeypatch.setattr("models.recipe.WARM_UP_DEPTH", 8)
+    for name, value in (("WINDOW", 3), ("ERROR", 101)):
         monkeypatch.setattr(f"models.training.WARM_UP_{name}", value)
     go(tmp_path, replace(SMALL, iterations=24, snapshots=9))  # every third iteration
     cards = [load(file).card["training"] for file in sorted((tmp_path / "snapshots").iterdir())]
@@ -286,7 +289,8 @@ def test_state_is_saved_along_the_way(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("error", "ends"), [(101, 4), (60, 12)])  # %: after the first window, or never
 def test_warm_up_and_its_window_survive_an_interruption(tmp_path, monkeypatch, error, ends):
-    for name, value in (("DEPTH", 8), ("WINDOW", 4), ("ERROR", error)):
+    monkeypatch.setattr("models.recipe.WARM_UP_DEPTH", 8)
+    for name, value in (("WINDOW", 4), ("ERROR", error)):
         monkeypatch.setattr(f"models.training.WARM_UP_{name}", value)
     recipe = replace(SMALL, iterations=24, snapshots=2)
     go(tmp_path / "whole", recipe)
@@ -297,6 +301,8 @@ def test_warm_up_and_its_window_survive_an_interruption(tmp_path, monkeypatch, e
             go(tmp_path / "parts", recipe, stop_after(count))
     go(tmp_path / "parts", recipe)
     assert_same(tmp_path / "parts", tmp_path / "whole")
+    card = load(tmp_path / "whole" / "resnet-8.safetensors").card["training"]
+    assert card["warm_up"] is True  # of a deep network that was not asked to
 
 
 def test_a_run_may_go_on_elsewhere_and_the_card_says_so(tmp_path):
@@ -393,7 +399,8 @@ def test_a_diverging_run_keeps_the_last_good_state(tmp_path):
         go(tmp_path, recipe)
     said = re.fullmatch(
         rf"{re.escape(str(tmp_path))}: diverged: the loss is (nan|inf) at iteration (\d+), learning rate 1e\+30; "
-        r"stopped, state\.pt keeps the last good state \(iteration 0\)",
+        r"stopped, state\.pt keeps the last good state \(iteration 0\); the same command ends alike: take another "
+        "--seed, or --warm-up",
         str(caught.value),
     )
     assert said is not None, caught.value
@@ -411,9 +418,39 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     training.iterate()
     with torch.no_grad():
         training.network.fc.weight[3, 5] = torch.inf
-    with pytest.raises(Fault, match=r"diverged: not all weights are finite at iteration 0, learning rate 0\.1; "):
-        training.save()
+    for write in (training.save, training.snapshot, lambda: training.close_epoch(1, 0.1)):
+        with pytest.raises(Fault, match=r"diverged: not all weights are finite at iteration 0, learning rate 0\.1; "):
+            write()
     assert (tmp_path / "state.pt").read_bytes() == before
+    assert not (tmp_path / "snapshots").exists()
+    assert rows_of(tmp_path) == []
+
+
+def test_a_gpu_for_which_nothing_can_be_compiled(tmp_path, monkeypatch):
+    training = Training(SMALL, TRAIN, TEST, tmp_path)
+    monkeypatch.setattr("models.training.compiled_blocks", nullcontext)
+    words = {"Failed to find C compiler": "Fault", "CUDA error: out of memory": "RuntimeError"}
+    for said, kind in words.items():
+        monkeypatch.setattr("models.training.CapturedStep", mock.Mock(side_effect=RuntimeError(said)))
+        with pytest.raises((Fault, RuntimeError), match=said) as caught:
+            training.captured()
+        assert type(caught.value).__name__ == kind
+        if kind == "Fault":
+            assert str(caught.value) == (
+                "the network cannot be compiled for this GPU (Failed to find C compiler): torch.compile needs Triton "
+                "and a C compiler; --device cpu trains without them"
+            )
+            assert caught.value.status == 2
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    with pytest.raises(Fault) as caught:
+        go(tmp_path / "run")
+    assert str(caught.value) == (
+        f"{tmp_path}/run: cannot be locked: No locks available; choose an --out on another disk"
+    )
+    assert caught.value.status == 2
 
 
 @contextmanager
