@@ -1,4 +1,5 @@
 import json
+import re
 from io import BytesIO
 
 import numpy as np
@@ -60,7 +61,7 @@ def test_the_shipped_one():
     others = {name: network for name, network in networks.items() if not network["made_with"]}
     assert len(others) >= 6
     far = {name for name, network in others.items() if network["mean"] > 0.05 or network["r"] < 0.97}
-    assert far == {"resnet-44-1000"}  # the README says so, and what follows
+    assert far == {"resnet-44-1000"}  # models/PROBE.md says so, and what follows
     assert {name for name, network in others.items() if network["mean"] >= network["closed_form_mean"]} == far
     for network in (others[name] for name in far):
         assert network["real_mean"] > 0.05 or network["real_r"] < 0.97  # nor do as many real images do better
@@ -69,15 +70,22 @@ def test_the_shipped_one():
     assert {"count", "rounds", "seed", "versions"} <= data.card.keys()
 
 
-def test_the_readme_shows_its_errors():
-    for label, network in probe.load().card["networks"].items():
+def test_the_page_shows_its_errors_and_the_readme_some():
+    page = (probe.SHIPPED.parent / "PROBE.md").read_text()
+    networks = probe.load().card["networks"]
+    rows = [line for line in page.splitlines() if re.match(r"\| [a-z]+-[0-9]", line)]
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == list(networks)
+    section = README[README.index("## Without CIFAR-10") : README.index("## Comparing networks")]
+    shown = [line for line in section.splitlines() if re.match(r"\| [a-z]+-[0-9]", line)]
+    assert set(shown) <= set(rows)
+    assert {row.split(" | ")[0].removeprefix("| ") for row in shown} >= {*zoo.shipped(), "resnet-44-1000"}
+    for row, (label, network) in zip(rows, networks.items(), strict=True):
         made_with = "yes" if network["made_with"] else "no"
-        shown = [
+        numbers = [
             f"{100 * network[key]:.1f}" if name.endswith("%") else f"{network[key]:.3f}"
             for key, name in COLUMNS.items()
         ]
-        row = f"| {label} | {made_with} | {' | '.join(shown)} |"
-        assert row in README
+        assert row == f"| {label} | {made_with} | {' | '.join(numbers)} |"
 
 
 def write(path, images, card=CARD, size=None, **options):
