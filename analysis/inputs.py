@@ -81,7 +81,7 @@ def add_options(parser: argparse.ArgumentParser, *, both: bool = False, source: 
     add("--split", choices=("test", "train"), default="test", help="of CIFAR-10 (default: %(default)s)")
     add("--images", type=positive, metavar="N", help="measure on N of the images, evenly spaced (default: all)")
     add("--normalize", default="auto", metavar="PRESET", help="imagenet, cifar10, cifar10-2, [-1,1], [0,1], per-pixel "
-        "or auto (the file's card, else what fits; the default)")  # fmt: skip
+        "or auto (the file's card, else what fits; the default); not of shipped networks: they have one")  # fmt: skip
     add("--model", metavar="FILE.py:FUNCTION", help="builds the network of the checkpoints, where it is none of the "
         "paper's; or PACKAGE.MODULE:FUNCTION")  # fmt: skip
     add("--ema", action="store_true", help="take the averaged copy of the weights (EMA) that lies in a checkpoint")
@@ -105,8 +105,8 @@ def positive(text: str) -> int:
 def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with argparse's usage line and status 2 where an option's value does not exist on this machine.
 
-    A source that is named twice counts once, and options that say how images are measured are named where there are
-    none.
+    A source that is named twice counts once. Options that say how images are measured are named on stderr where only
+    the closed form is asked for.
     """
     from models.preprocess import PER_PIXEL, PRESETS
 
@@ -117,10 +117,9 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device on this machine; use --device cpu")
-    sources = list(dict.fromkeys(getattr(args, "source", None) or ()))
-    if sources:
-        args.source = sources
-    if sources == ["batchnorm"] and rank() == 0:
+    if args.source:
+        args.source = list(dict.fromkeys(args.source))
+    if args.source == ["batchnorm"] and rank() == 0:
         given = [name for name in ON_IMAGES if getattr(args, name) != parser.get_default(name)]
         if given:
             options = ", ".join(f"--{name.replace('_', '-')}" for name in given)

@@ -217,7 +217,7 @@ def measure_blocks(args: argparse.Namespace, plan: Plan) -> pd.DataFrame | None:
 
     if plan.data is None:
         return None
-    some = replace(plan.data.some(min(args.images or len(plan.data), BLOCK_IMAGES)), labels=None)
+    some = replace(plan.data.some(args.images or len(plan.data)).some(BLOCK_IMAGES), labels=None)
     with ExitStack() as stack:
         records = []
         for network in plan.networks:

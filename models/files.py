@@ -49,7 +49,8 @@ def remove_left(temporary: Iterable[Path], age: float = 0) -> None:
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Ctrl-C waits for the end of the block."""
-    if threading.current_thread() is not threading.main_thread():  # there it never comes
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if ignored or threading.current_thread() is not threading.main_thread():  # there it never comes
         yield
         return
     came: list[int] = []

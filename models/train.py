@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
             train_all(args)
     except (Exception, KeyboardInterrupt) as error:
         fault = as_fault(error)
-        if args.debug or fault is None:
+        if fault is None or (args.debug and not isinstance(error, KeyboardInterrupt)):
             raise
         print(f"models.train: {one_line(fault)}", file=sys.stderr)
         return fault.status

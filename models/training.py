@@ -38,7 +38,6 @@ from models import checkpoints
 from models.batchnorm import closed_form
 from models.cifar10 import Cifar10
 from models.files import LEFT, remove_left, replacing
-from models.messages import is_out_of_memory
 from models.preprocess import augment, mean_image, per_pixel
 from models.recipe import (
     CROP,
@@ -63,6 +62,7 @@ ANYWHERE = ("device", "precision")  # of a recipe: a run may go on with others
 COLUMNS = ("epoch", "iteration", "loss", "train_error", "test_error", "lr", "mean_std")  # errors in %
 LOOK_EVERY = 50  # iterations between looks at a GPU's losses; each look waits for the GPU
 SAVE_EVERY = 120  # seconds
+COMPILER = ("torch._dynamo", "torch._inductor")  # where the classes of torch.compile's errors are
 STATISTICS_IMAGES = 10_000  # in the one batch that BN's final statistics come from
 TEST_BATCH = 1_000  # images
 
@@ -124,7 +124,7 @@ class Training:
             with compiled_blocks(self.network):
                 return CapturedStep(self.step, *self.batch(), list(self.tensors().values()))
         except (RuntimeError, ImportError) as error:
-            if is_out_of_memory(error):
+            if not type(error).__module__.startswith(COMPILER):
                 raise
             needs = "torch.compile needs Triton and a C compiler; --device cpu trains without them"
             raise Fault(f"the network cannot be compiled for this GPU ({error}): {needs}", 2) from error
@@ -212,7 +212,7 @@ class Training:
     def diverged(self, what: str, iteration: int) -> Fault:
         lr = self.recipe.learning_rate(iteration, self.progress.warming_up)
         kept = f"{STATE} keeps the last good state (iteration {self.saved})"
-        advice = "the same command ends alike: take another --seed, or --warm-up"
+        advice = f"the same command ends alike: take another --seed{'' if self.recipe.warms_up else ', or --warm-up'}"
         what = f"diverged: {what} at iteration {iteration}, learning rate {lr:g}; stopped, {kept}"
         return Fault(f"{self.folder}: {what}; {advice}")
 
@@ -337,7 +337,7 @@ class Training:
         self.write_network(
             self.folder / f"{recipe.network}.safetensors",
             recipe="He et al., CVPR 2016, section 4.2",
-            warm_up=recipe.warms_up,
+            warmed_up=recipe.warms_up,
             bn_statistics=f"one batch of {len(x):,} augmented training images",
             test_error=round(error, 2),
             mean_std=round(self.mean_std(), 6),

@@ -281,6 +281,11 @@ BAD = {
     ),
     "config that is a list": (write("config.json", "[]"), "error: {folder}/config.json: damaged ("),
     "config of other fields": (edited(momentun=0.9), "got an unexpected keyword argument 'momentun'); restore it"),
+    "a seed of the trainer's largest": (  # no damage: the snapshots are of another
+        edited(seed=2**64 - 1),
+        f"00.safetensors: a snapshot of another run: seed is 0 in its card and {2**64 - 1} in config.json; move",
+    ),
+    "a seed larger than that": (edited(seed=2**64), f"config.json: damaged (seed is {2**64}); restore it"),
     "config that someone edited": (
         edited(iterations=80),
         SNAPSHOT + "00.safetensors: a snapshot of another run: iterations is 40 in its card and 80 in config.json; "

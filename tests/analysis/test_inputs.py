@@ -17,6 +17,7 @@ from analysis.inputs import CIFAR10, place_of
 from analysis.responses import main
 from models import build, checkpoints, closed_form
 from models.files import sha256
+from models.images import ImageFolder
 from models.preprocess import PRESETS
 from models.userland import build_from
 from tests.models.test_recognition import blobs, record
@@ -101,6 +102,19 @@ def test_some_images_of_class_folders_are_of_all_classes(resnet_18, photographs,
     digests = sorted(sha256(file) for file in files[::4])  # the first, the middle and the last
     read = json.loads((tmp_path / "out" / "responses.json").read_text())["resnet-18"]["data"]
     assert (read["images"], read["sha256"]) == (3, hashlib.sha256(bytes.fromhex("".join(digests))).hexdigest())
+
+
+def test_blocks_are_measured_on_some_of_the_images_that_are_chosen(resnet_18, photographs, tmp_path, monkeypatch):
+    decoded = []
+    decode = ImageFolder.decode
+    monkeypatch.setattr(ImageFolder, "decode", lambda self, file: decoded.append(file) or decode(self, file))
+    monkeypatch.setattr(ImageFolder, "sample", lambda self, count: np.zeros((2, 224, 224, 3), np.uint8))
+    monkeypatch.setattr("analysis.sources.BLOCK_IMAGES", 3)
+    words = ("--data", photographs, "--images", 4, "--out", tmp_path / "out", "--format", "svg")
+    assert run("--checkpoint", resnet_18, *words) == 0
+    files = sorted(photographs.glob("*/*"))
+    assert sorted(decoded[:4]) == [files[i] for i in (0, 2, 5, 8)]
+    assert sorted(decoded[4:]) == [files[i] for i in (0, 2, 8)]
 
 
 def test_options_for_images_are_told_where_there_are_none(resnet_18, photographs, tmp_path, capsys):

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from models import messages, train
+from models.files import uninterrupted
 from models.recipe import Fault, Recipe
 from tests.conftest import ROOT
 from tests.models.test_training import TEST, TRAIN, assert_same, go, results
@@ -133,11 +134,12 @@ def test_a_second_signal_says_what_is_kept(made_up_data, tmp_path, monkeypatch, 
     assert capsys.readouterr().err == f"models.train: {said}\n"
 
 
+@pytest.mark.parametrize("debug", [[], ["--debug"]])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_while_the_data_are_read_says_what_is_kept(tmp_path, monkeypatch, capsys, number, status):
+def test_a_signal_while_the_data_are_read_says_what_is_kept(tmp_path, monkeypatch, capsys, number, status, debug):
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr("models.cifar10.load", lambda path, split: os.kill(os.getpid(), number))
-    assert train.main([*COMMAND, "--out", str(tmp_path / "out")]) == status
+    assert train.main([*COMMAND, *debug, "--out", str(tmp_path / "out")]) == status
     said = f"stopped by {number.name} at once: what was saved stays, and the same command goes on from there"
     assert capsys.readouterr().err == f"models.train: {said}\n"
     assert not (tmp_path / "out").exists()
@@ -151,6 +153,8 @@ def test_an_ignored_signal_stays_ignored():
         with train.signals() as stop:
             os.kill(os.getpid(), signal.SIGINT)
             assert stop() == 0
+        with uninterrupted():
+            os.kill(os.getpid(), signal.SIGINT)
         messages.answer_interrupts()
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
