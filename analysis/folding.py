@@ -9,7 +9,8 @@ beta + (b - mean) * g, with g = gamma / sqrt(var + eps). It saves BN's pass over
 the layout that is fastest. It is right only where the convolution's output goes nowhere but into its BN: some images
 run through both networks, all that is computed from the output is watched, and responses and outputs are compared. In
 every later batch each BN still checks that its input is its convolution's output, unchanged, and the same modules must
-run. In doubt the plain hooks (analysis.pairs) measure instead, or say what is wrong.
+run; images of another size are compared anew (analysis.hooks). In doubt the plain hooks (analysis.pairs) measure
+instead, or say what is wrong.
 """
 
 from __future__ import annotations
@@ -149,17 +150,18 @@ class Folded:
             raise Doubt("it takes another path through the network")
         counts, total, squares = zip(*self.sums, strict=True)
         parts = torch.cat(total), torch.cat(squares)
-        count = torch.tensor(counts).repeat_interleave(torch.tensor(self.channels))  # (channels of all layers,)
+        channels = torch.tensor(self.channels, device="cpu")
+        count = torch.tensor(counts, device="cpu").repeat_interleave(channels)  # (channels of all layers,)
         totals = torch.stack((count.to(parts[0]), *parts))  # (3, channels of all layers)
         totals = totals if self.totals is None else self.totals + totals
         mean, variance = moments_of(totals)
         if not (mean.isfinite().all() and variance.isfinite().all()):
             raise Doubt("NaN or infinity in a response")
-        layer = torch.arange(len(self.layers)).repeat_interleave(torch.tensor(self.channels)).to(mean.device)
+        layer = torch.arange(len(self.layers), device="cpu").repeat_interleave(channels).to(mean.device)
         off, spread = (mean.new_zeros(len(self.layers)).index_add(0, layer, part) for part in (mean**2, variance))
         if (off > FAR * spread).any():
             raise Doubt("means far from zero that were near it in the first batch")
-        if ((spread > 0) & (spread < TINY * torch.tensor(self.channels).to(spread))).any():
+        if ((spread > 0) & (spread < TINY * channels.to(spread))).any():
             raise Doubt("responses so small that float32 does not hold their squares")
         self.totals = totals
 

@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 from analysis.folding import Doubt, Folded, NotFolded, count_hooks, fold, obstacle
 from analysis.frame import make_frame
 from analysis.pairs import Layer, Recording, is_norm, is_wrapper, recording
-from analysis.running import Parts, compare_labels, count_images, device_of, run
+from analysis.running import Parts, compare_labels, count_images, device_of, run, tensors_in
 from analysis.threads import Shared, alone
 from models.resnet import config_of
 
@@ -98,8 +98,9 @@ def measure(
     batch.
 
     `frame.attrs["path"]` is `folded`, or `hooks: ` and why the network was not folded. `frame.attrs["unpaired"]` lists
-    the convolutions of that kernel with an output that went into no BN unchanged. `frame.attrs["accuracy"]` is the
-    share of labels hit, or None: labels are the second of two, or `labels` in a dict; logits are the output, the first
+    the convolutions of that kernel with an output that went into no BN unchanged, `frame.attrs["unseen"]` those of
+    which hooks saw no call: it did not run, or not as a module. `frame.attrs["accuracy"]` is the share of labels hit,
+    or None: labels are the second of two, or `labels` in a dict; logits are the output, the first
     tensor of a tuple, or `logits` or `out` in a dict. Raises ValueError where there are no images, no pairs of
     convolution and BN, where a response holds NaN or infinity, or where the model, or a part of it, is being measured
     already. What other threads run on the model meanwhile is not measured, and runs in evaluation mode.
@@ -115,6 +116,11 @@ def measure(
         for batch in batches:
             progress(measurement.add(batch))
     return measurement.result().to_frame(network)
+
+
+def sizes_in(batch: Any) -> tuple[torch.Size, ...]:
+    """The shapes of the tensors in a batch, of one image each."""
+    return tuple(x.shape[1:] for x in tensors_in(batch))
 
 
 def whole(model: nn.Module) -> str:
@@ -176,7 +182,9 @@ class Measurement:
         self.model, self.record, self.run, self.why_not = model, record, run, why_not
         self.autocast, self.parts = autocast, parts
         self.hooks = count_hooks(model)
-        self.first: Any = None  # the first batch, until the network is folded
+        self.first: Any = None  # the first batch of a size, until the network is folded
+        self.sizes: set[Any] = set()  # of images, that the network itself has run
+        self.through = 0  # batches that a folded copy has run
         self.folded: Folded | None = None
         self.images = self.labelled = self.correct = 0
         self.classes: int | None = None  # of the labels, where it is known
@@ -218,6 +226,9 @@ class Measurement:
             self.doubt("it has hooks of its own")
         if self.first is not None:
             self.try_to_fold()
+        size = sizes_in(part)
+        if size not in self.sizes:  # it may take another way through the network
+            self.finish()
         if self.folded is not None:
             try:
                 counts: tuple[int, int] = self.folded(part, hits)
@@ -225,11 +236,13 @@ class Measurement:
                 self.doubt(str(reason))
             else:
                 self.record.batch += 1
+                self.through += 1
                 return counts
         counts = hits(self.run(self.model, part))
         self.record.end_pass()
-        if self.record.batch == 1 and not self.why_not:
+        if size not in self.sizes and not self.why_not:
             self.first = part
+        self.sizes.add(size)
         return counts
 
     def doubt(self, why: str) -> None:
@@ -256,7 +269,8 @@ class Measurement:
         """`folded`, or `hooks: ` and why."""
         if self.why_not:
             return f"hooks: {self.why_not}"
-        return "folded" if self.record.batch > 1 else "hooks: one batch only"
+        several = self.record.batch > 1
+        return "folded" if self.through else f"hooks: one batch{' of each size' if several else ''} only"
 
     def result(self) -> Result:
         """What was measured so far."""
@@ -264,7 +278,7 @@ class Measurement:
             self.folded.hand_over()
         layers = [replace(layer, moments=layer.moments.to("cpu")) for layer in self.record.layers]
         counts = self.images, self.labelled, self.correct
-        return Result(network_in(self.model), layers, self.record.unpaired, *counts, self.path)
+        return Result(network_in(self.model), layers, self.record.unpaired, self.record.unseen, *counts, self.path)
 
 
 @dataclass(frozen=True)
@@ -272,12 +286,13 @@ class Result:
     """What one or several measurements of a network on different images have given.
 
     config: kind and depth of one of our networks. images, labelled, correct: how many there were, had labels, and were
-    classified as these say. unpaired, path: see `measure`.
+    classified as these say. unpaired, unseen, path: see `measure`.
     """
 
     config: tuple[str, int | None]
     layers: list[Layer]
     unpaired: list[str]
+    unseen: list[str]
     images: int
     labelled: int
     correct: int
@@ -294,6 +309,7 @@ class Result:
             config=self.config,
             layers=[replace(ours, moments=ours.moments.merge(theirs.moments)) for ours, theirs in pairs],
             unpaired=list(dict.fromkeys(self.unpaired + other.unpaired)),
+            unseen=[name for name in self.unseen if name in other.unseen],
             images=self.images + other.images,
             labelled=self.labelled + other.labelled,
             correct=self.correct + other.correct,
@@ -301,14 +317,17 @@ class Result:
         )
 
     def to_frame(self, network: str) -> pd.DataFrame:
-        """The frame, with unpaired, accuracy and path in its attrs (see `measure`). ValueError for no images."""
+        """The frame, with unpaired, unseen, accuracy and path as attrs (see `measure`). ValueError for no values."""
         if self.images == 0:
             raise ValueError("no images: there is nothing to measure")
+        if empty := [layer.name for layer in self.layers if layer.moments.count == 0]:
+            raise ValueError(f"no image gave a response of {empty[0]}: take others")
         kind, depth = self.config
         rows = describe_layers(self.layers)
         frame = make_frame(rows, network=network, kind=kind, depth=depth, images=self.images, source="hooks")
         frame.attrs["accuracy"] = self.correct / self.labelled if self.labelled else None
         frame.attrs["unpaired"] = self.unpaired
+        frame.attrs["unseen"] = self.unseen
         frame.attrs["path"] = self.path
         return frame
 

@@ -136,7 +136,7 @@ def describe_network(args: argparse.Namespace, network: Network, frame: pd.DataF
         device = str(next(network.model.parameters()).device)
         entry |= {"device": device, "precision": args.precision, "accuracy": frame.attrs["accuracy"]}
         entry |= {"path": frame.attrs["path"], "rounding": frame.attrs["rounding"]}
-        entry |= {"unpaired": frame.attrs["unpaired"]}
+        entry |= {"unpaired": frame.attrs["unpaired"], "unseen": frame.attrs["unseen"]}
     return entry
 
 

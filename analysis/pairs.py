@@ -27,7 +27,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks_of_all
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from analysis.moments import Moments
@@ -85,7 +87,7 @@ class Recording:
         if get_ident() != self.thread:
             return
         self.seen[conv] = None
-        if conv.kernel_size != self.kernel_size or (conv.groups > 1 and not self.grouped):
+        if not self.is_asked_for(conv):
             return
         call = Call(self.names[conv])
         self.calls.append(call)
@@ -106,11 +108,13 @@ class Recording:
         if not isinstance(x, Tensor) or x not in self.outputs:
             return
         call, version = self.outputs[x]
-        if x._version != version or any(inner in call.norms for inner in norm.modules()):  # its inner BN did the work
+        inside = [inner for inner in norm.modules() if inner is not norm]
+        if x._version != version or any(inner in call.norms for inner in inside):  # its inner BN did the work
             return
         call.norms.append(norm)
-        # any other may carry an activation, or be frozen
-        if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or "forward" in vars(norm):
+        # any other may carry an activation, or be frozen; and hooks of all modules run before this one
+        known = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and "forward" not in vars(norm)
+        if x.numel() and not (known and not hooks_of_all._global_forward_hooks):
             if norm not in self.epsilons:
                 self.epsilons[norm] = find_epsilon(self.names[norm], norm, x, output)
             output = normalise(norm, x, self.epsilons[norm])
@@ -118,7 +122,10 @@ class Recording:
 
     def add(self, name: str, norm: str, response: Tensor) -> None:
         """Take in the response (N, C, H, W) of the next layer of this pass."""
-        moments = Moments.of(response)
+        none = response.new_zeros(
+            response.shape[1], dtype=torch.float64
+        )  # of a head that found nothing on these images
+        moments = Moments.of(response) if response.numel() else Moments(0, none, none)
         if not (torch.isfinite(moments.mean).all() and torch.isfinite(moments.m2).all()):
             raise ValueError(
                 f"NaN or infinity in the response of layer {len(self.passing) + 1} ({name}) in batch {self.batch + 1}: "
@@ -156,6 +163,18 @@ class Recording:
         self.passing.clear()
         self.calls.clear()
         self.outputs.clear()
+
+    @property
+    def unseen(self) -> list[str]:
+        """The convolutions that are asked for and of which hooks saw no call: they see modules that are called."""
+        return [
+            name
+            for module, name in self.names.items()
+            if isinstance(module, nn.Conv2d) and self.is_asked_for(module) and module not in self.seen
+        ]
+
+    def is_asked_for(self, conv: nn.Conv2d) -> bool:
+        return conv.kernel_size == self.kernel_size and (conv.groups == 1 or self.grouped)
 
     def other_path(self, what: str) -> ValueError:
         return ValueError(
@@ -262,6 +281,8 @@ def is_norm(module: nn.Module) -> bool:
     own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
     if not all(name in own for name in AFFINE):
         return False
+    if any(is_lazy(own[name]) for name in AFFINE):
+        return True
     shapes = {own[name].shape for name in AFFINE}
     return len(shapes) == 1 and len(shapes.pop()) == 1
 

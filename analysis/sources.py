@@ -82,6 +82,10 @@ def measure_all(args: argparse.Namespace, plan: Plan) -> list[pd.DataFrame]:
                 print(
                     f"{network.label}: not measured, no BN takes in their output: {list_names(frame.attrs['unpaired'])}"
                 )
+            if frame.attrs["unseen"]:
+                print(
+                    f"{network.label}: not measured, they did not run as modules: {list_names(frame.attrs['unseen'])}"
+                )
             if args.verbose:
                 print(f"{network.label}: measured {frame.attrs['path']}")
     leave()

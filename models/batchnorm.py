@@ -50,8 +50,9 @@ def closed_form(network: nn.Module | Mapping[str, Tensor], kernel_size: tuple[in
     rows: list[dict[str, object]] = []
     ambiguous: list[str] = []
     stage, last_channels = 0, None
+    kernels = convolutions(state)
     for name, norm, certain in pair_by_name(state):
-        if state[f"{name}.weight"].shape[2:] != kernel_size:
+        if kernels[name].shape[2:] != kernel_size:
             continue
         channels, spread = describe(state, norm, getattr(modules.get(norm), "eps", EPSILON))
         stage += channels != last_channels
@@ -66,9 +67,7 @@ def closed_form(network: nn.Module | Mapping[str, Tensor], kernel_size: tuple[in
         )
     frame = pd.DataFrame(rows)
     paired = {row["name"] for row in rows}
-    unpaired = [
-        name for name, tensor in convolutions(state).items() if tensor.shape[2:] == kernel_size and name not in paired
-    ]
+    unpaired = [name for name, tensor in kernels.items() if tensor.shape[2:] == kernel_size and name not in paired]
     frame.attrs |= {"ambiguous": ambiguous, "unpaired": unpaired, "sorted": is_sorted(state)}
     return frame
 
@@ -101,12 +100,25 @@ def check_affine(state: Mapping[str, Tensor], norm: str) -> None:
 
 def convolutions(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of the convolutions, by the module's name."""
-    return {key.removesuffix(".weight"): x for key, x in state.items() if key.endswith(".weight") and x.ndim == 4}
+    return {name: state[key] for key in state if (name := convolution_of(key, state[key])) is not None}
+
+
+def convolution_of(key: str, tensor: Tensor) -> str | None:
+    """The name of the convolution whose weight this is, also of a pruned or re-parametrised one; None of other tensors.
+
+    Of torch.nn.utils: prune and spectral_norm, weight_norm, and the parametrizations that have followed them.
+    """
+    module = re.sub(r"\.(weight|weight_orig|weight_v|parametrizations\.weight\.original1?)$", "", key)
+    return module if module != key and tensor.ndim == 4 else None
 
 
 def is_sorted(state: Mapping[str, Tensor]) -> bool:
-    """Whether the tensors are in the order of their names; modules register their weight before their bias."""
-    return list(state) == sorted(state)
+    """Whether the tensors are in the order of their names; modules register their weight before their bias.
+
+    Without BN's counters: safetensors' load_file puts these before all others.
+    """
+    names = [name for name in state if not name.endswith("num_batches_tracked")]
+    return names == sorted(names)
 
 
 def in_order(state: Mapping[str, Tensor]) -> list[str]:
@@ -122,8 +134,8 @@ def in_order(state: Mapping[str, Tensor]) -> list[str]:
     before = any(name in convs and len(convs[name]) != norms[norm] for norm in norms for name in namesakes(norm))
 
     def place(key: str) -> list[tuple[list[str | int], int]]:
-        parts = [(part, re.sub("bn|norm", "conv", part)) for part in key.split(".")[:-1]]
-        return [(natural(alike), 0 if alike == part else -1 if before else 1) for part, alike in parts]
+        parts = [(part, re.sub("bn|normalization|norm|convolution", "conv", part)) for part in key.split(".")[:-1]]
+        return [(natural(alike), (-1 if before else 1) * bool(re.search("bn|norm", part))) for part, alike in parts]
 
     return sorted(state, key=place)
 
@@ -137,8 +149,9 @@ def pair_by_name(state: Mapping[str, Tensor]) -> list[tuple[str, str, bool]]:
     """The convolutions of a state dict, each with the BN that follows it and whether that is certain, in order.
 
     A BN's convolution has as many channels and comes before it. By name it is the one called alike in the same module
-    (conv2 and bn2 or norm2, conv and bn, 3 and 4 in a sequence); by order the last one with no BN between. The name
-    wins over the order. It is certain where both say the same, or where only one says anything and it is near.
+    (conv2 and bn2 or norm2, convolution and normalization, convs.0 and bns.0, 3 and 4 in a sequence); by order the last
+    one with no BN between. The name wins over the order. It is certain where both say the same, or where only one says
+    anything and it is near.
     """
     convs: dict[str, int] = {}
     pairs: list[tuple[str, str, bool]] = []
@@ -146,9 +159,9 @@ def pair_by_name(state: Mapping[str, Tensor]) -> list[tuple[str, str, bool]]:
     for key in in_order(state):
         tensor = state[key]
         module, _, leaf = key.rpartition(".")
-        if leaf == "weight" and tensor.ndim == 4:
-            convs[module] = len(tensor)
-            last = module
+        if (convolution := convolution_of(key, tensor)) is not None:
+            convs[convolution] = len(tensor)
+            last = convolution
         elif leaf == "running_var":
             named = next((name for name in namesakes(module) if convs.get(name) == len(tensor)), None)
             ordered = last if last is not None and convs[last] == len(tensor) else None
@@ -163,8 +176,11 @@ def pair_by_name(state: Mapping[str, Tensor]) -> list[tuple[str, str, bool]]:
 def is_near(conv: str, norm: str, state: Mapping[str, Tensor]) -> bool:
     """Whether a convolution stands in the BN's module, or there in one without BNs or with a name like the BN's.
 
-    Else it may be the last of a pre-activation block, which feeds an addition whatever BN comes next in the file.
+    Or the BN stands in the convolution's. Else it may be the last of a pre-activation block, which feeds an addition
+    whatever BN comes next in the file.
     """
+    if norm.startswith(f"{conv}."):
+        return True
     home = norm[: norm.rfind(".") + 1]  # with its dot
     inner = home + conv.removeprefix(home).partition(".")[0]  # the convolution itself, or the module that it is in
     norms = (key for key in state if key.startswith(f"{inner}.") and key.endswith(".running_var"))
@@ -172,11 +188,14 @@ def is_near(conv: str, norm: str, state: Mapping[str, Tensor]) -> bool:
 
 
 def namesakes(norm: str) -> list[str]:
-    """The names that a convolution before this BN may have: the usual ones."""
+    """The names that a convolution before this BN may have: the usual ones, the likeliest first."""
     parent, dot, leaf = norm.rpartition(".")
+    alike = [re.sub("bn|norm", "conv", norm.replace("normalization", "convolution"))]  # lists, too: bns.0 and convs.0
     if leaf.isdecimal():
-        return [f"{parent}{dot}{int(leaf) - 1}"]
-    return [parent + dot + re.sub("bn|norm", "conv", leaf)] if re.search("bn|norm", leaf) else []
+        alike.append(f"{parent}{dot}{int(leaf) - 1}")
+    elif re.search("bn|norm", leaf):
+        alike.append(parent + dot + re.sub("bn|norm", "conv", leaf))
+    return [name for name in alike if name != norm]
 
 
 def first_keys(state: Mapping[str, Tensor], count: int = 5) -> str:

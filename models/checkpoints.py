@@ -24,7 +24,16 @@ from torch import Tensor, nn
 
 from models.files import replacing, sha256
 from models.preprocess import PADDINGS, PER_PIXEL, PRESETS, Preprocessing, mean_image, per_pixel
-from models.recognition import FITS, Match, NothingRecorded, label, match_network, match_preprocessing
+from models.recognition import (
+    FAR,
+    FITS,
+    Match,
+    NothingRecorded,
+    label,
+    match_network,
+    match_preprocessing,
+    stem_variance,
+)
 from models.resnet import BLOCKS, KINDS, SIZES, Config, ResNet, config_of
 from models.statedicts import EXPECTED, at_root, check_tensors, read, rename
 
@@ -160,7 +169,7 @@ def recognise_large(
     ImageNet's training images are crops of random sizes, and there are few images here: neither the preprocessing nor
     the size of a misfit tells anything, and a small difference of misfits does not either.
     """
-    how, model, warnings = dict(checkpoint.how), models[0], []
+    how, model, warnings = dict(checkpoint.how), models[0], list[str]()
     preprocessing = normalisations[0] if normalisations else PRESETS["imagenet"]
     if not normalisations:
         how["preprocessing"] = "assumed"
@@ -174,6 +183,12 @@ def recognise_large(
                 f"BN's statistics do not tell which network it is: {label(match.best)}, {match.describe()}; "
                 f"taken for {label(model)}; --model builds the other"
             )
+    times = stem_variance(model, images, preprocessing)
+    if not 1 / FAR < times < FAR:
+        warnings.append(
+            f"the first BN gets {times:.2g} times the variance that it recorded: in training images were others, or "
+            "normalised otherwise (--normalize)"
+        )
     return replace(checkpoint, model=model, preprocessing=preprocessing, how=how, warnings=warnings)
 
 
@@ -246,12 +261,14 @@ def layout(state: dict[str, Tensor]) -> tuple[str, int]:
     counts = [len({name.split(".")[1] for name in state if name.startswith(f"layer{i}.")}) for i in (1, 2, 3, 4)]
     blocks = tuple(count for count in counts if count)
     bottleneck = "layer1.0.conv3.weight" in state
-    stem = state["conv1.weight"].shape if {"conv1.weight", "fc.weight"} <= set(state) else None
+    stem = state["conv1.weight"].shape if "conv1.weight" in state else None
     candidates = [("imagenet", depth) for depth in BLOCKS] + [("cifar", 6 * counts[0] + 2)] * (counts[0] > 0)
     for images, depth in candidates:
         config = Config("residual", depth, images=images)
         kernel = (64, 3, 7, 7) if images == "imagenet" else (16, 3, 3, 3)
         if (stem, blocks, bottleneck) == (kernel, config.blocks, config.block.expansion > 1):
+            if "fc.weight" not in state:
+                raise UnknownNetwork(f"it has the layers of {config.name}, but no classifier called fc or linear")
             return images, depth
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in list(state.items())[:4])
     found = f"; blocks in its layers: {', '.join(map(str, blocks))}" if blocks else ""

@@ -28,6 +28,7 @@ from models.resnet import config_of
 
 STEM_SAMPLE, SAMPLE = 1024, 256  # images for the first convolution alone and for a whole forward pass
 FITS = 0.15  # a misfit below this is a fit
+FAR = 3.0  # times a recorded variance, or a third of it: no photographs alone make that difference
 CLEAR = 0.5  # of the next best misfit: below this the best is not the best by chance
 
 Candidate = TypeVar("Candidate")
@@ -90,6 +91,23 @@ def match_preprocessing(
             offset = ((mean - norm.running_mean).abs() / (norm.running_var + norm.eps).sqrt()).mean()
             tried.append(((normalise, padding), f"{normalise.name}, {padding} padding", float(spread + offset)))
     return best_of(tried)
+
+
+@torch.no_grad()
+def stem_variance(model: nn.Module, images: np.ndarray, normalise: Preprocessing) -> float:
+    """The variance that the first BN gets, over the one it recorded, both averaged over channels; 1 if it has none.
+
+    images: (N, H, W, 3) uint8, for a network in evaluation mode. Crops of random sizes change it little: it tells
+    images of another scale.
+    """
+    try:
+        norm, x = first_norm(model, normalise(torch.as_tensor(images)))
+    except NothingRecorded:
+        return 1.0
+    recorded = norm.running_var
+    if (recorded == 1).all():  # as a new network has it
+        return 1.0
+    return float(x.var(dim=(0, 2, 3), correction=0).mean() / recorded.mean())
 
 
 class Reached(Exception):

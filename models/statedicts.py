@@ -32,9 +32,12 @@ FIRST_BLOCK = "layer1.0.conv1.weight"  # shows where in a larger state dict one 
 LEAVES = ("weight", "bias", "running_mean", "running_var")
 INERT = (  # what training scripts put beside the weights: it is passed over unseen
     *("argparse.Namespace", "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib.Path"),
-    *("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
+    *("pathlib._local.PosixPath", "pathlib._local.WindowsPath", "pathlib._local.Path"),  # Python 3.13's
+    *("numpy.dtype", "numpy.ndarray", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
+    *("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
 )
-RENAMES = {"linear.": "fc.", ".shortcut.": ".downsample."}  # akamaster's names -> torchvision's
+RENAMES = {"linear.": "fc.", "last_linear.": "fc.", ".shortcut.": ".downsample."}  # others' -> torchvision's
+EMA = re.compile(r"(^|[._])ema([._]|$)", re.IGNORECASE)  # in the name of a copy of the weights
 
 
 def read(path: Path, ema: bool = False) -> tuple[dict[str, Tensor], dict[str, Any], str]:
@@ -130,9 +133,20 @@ def bare(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def roots_in(state: dict[str, Tensor]) -> list[str]:
-    """The places in a state dict where networks like ours begin: what their tensors' names begin with."""
+    """The places in a state dict where networks like ours begin: what their tensors' names begin with.
+
+    Where there are none, those of two copies of another network, one of them called an EMA.
+    """
     ends = [name.removesuffix(FIRST_BLOCK) for name in state if name.endswith(FIRST_BLOCK)]
-    return [root for root in ends if f"{root}conv1.weight" in state]
+    if roots := [root for root in ends if f"{root}conv1.weight" in state]:
+        return roots
+    norms: dict[str, set[tuple[str, int]]] = {}
+    for name, tensor in state.items():
+        first, _, rest = name.partition(".")
+        if rest.endswith(".running_var"):
+            norms.setdefault(first, set()).add((rest, len(tensor)))
+    copies = [first for first in norms if list(norms.values()).count(norms[first]) > 1]
+    return [f"{first}." for first in copies] if any(EMA.search(first) for first in copies) else []
 
 
 def at_root(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -142,12 +156,12 @@ def at_root(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def choose_copy(state: dict[str, Tensor], ema: bool) -> tuple[dict[str, Tensor], str]:
-    """Of several networks like ours the tensors of one, which is an EMA copy or not, as is asked for; a note says so.
+    """Of several copies of a network the tensors of one, which is an EMA copy or not, as is asked for; a note says so.
 
     All tensors where there are not several. ValueError where several are left.
     """
     roots = roots_in(state)
-    wanted = [root for root in roots if ("ema" in root.lower()) == ema] or roots
+    wanted = [root for root in roots if bool(EMA.search(root)) == ema] or roots
     if len(wanted) > 1:
         raise ValueError(f"it holds {len(wanted)} networks: {', '.join(wanted)}; save the one you mean by itself")
     if len(roots) < 2:
@@ -166,8 +180,13 @@ def check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             compressed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
+            scripted = any(part.endswith("/constants.pkl") for part in archive.namelist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise ValueError(f"{path}: damaged or truncated archive ({error})") from error
+    if scripted:
+        raise ValueError(
+            f"{path}: refused: a TorchScript archive, which holds code; save torch.jit.load(...).state_dict() instead"
+        )
     if compressed:
         raise ValueError(f"{path}: refused: {compressed[0]} in it is compressed, which torch.save never does")
 
@@ -199,7 +218,12 @@ def check_tensors(state: dict[str, Tensor]) -> None:
 
 
 def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our names for the tensors of a network."""
+    """Our names for the tensors of a network, and the weights of a pruned one in place of what they are made of."""
+    masks = {name.removesuffix("_mask"): mask for name, mask in state.items() if name.endswith("_mask")}
+    pruned = {name: (x, mask) for name, mask in masks.items() if (x := state.get(f"{name}_orig")) is not None}
+    whole = {name: x * mask for name, (x, mask) in pruned.items() if x.shape == mask.shape}
+    parts = {f"{name}_{part}" for name in whole for part in ("orig", "mask")}
+    state = {name: x for name, x in state.items() if name not in parts} | whole
     for theirs, ours in RENAMES.items():
         state = {re.sub(rf"(^|(?=\.)){re.escape(theirs)}", ours, name): tensor for name, tensor in state.items()}
     return state

@@ -95,8 +95,23 @@ def test_a_bn_without_weights_and_one_that_is_called_by_keyword():
 
 def test_other_kernels_groups_and_sizes_of_images():
     network = nn.Sequential(conv(kernel=5), nn.BatchNorm2d(4), nn.ReLU(), conv(groups=2), nn.BatchNorm2d(4))
-    assert check(network, [images(), images(3, size=12)], kernel_size=5)["name"].tolist() == ["0"]
+    sizes = [images(), images(), images(3, size=12), images(3, size=12), images(2)]
+    assert check(network, sizes, kernel_size=5)["name"].tolist() == ["0"]
+    check(network, sizes[1:3], "hooks: one batch of each size only", kernel_size=5)
     assert check(network, images().split(2))["name"].tolist() == ["3"]
+
+
+def test_a_network_that_takes_another_way_for_images_of_another_size():
+    """There the convolution's output, which a folded copy does not have, goes elsewhere too: modules do not show it."""
+
+    def flow(m, x):
+        y = m.conv(x)
+        z = m.bn(y)
+        return m.bn2(m.conv2(z + y if x.shape[-1] > 8 else z))
+
+    network = Net(flow, conv=conv(), bn=nn.BatchNorm2d(4), conv2=conv(), bn2=nn.BatchNorm2d(4))
+    path = "hooks: the output of conv goes elsewhere too"
+    check(network, [images(), images(), images(size=12), images(size=12), images()], path)
 
 
 def test_in_any_layout_and_batches_with_labels():
@@ -106,7 +121,7 @@ def test_in_any_layout_and_batches_with_labels():
     labels[:2] = (labels[:2] + 1) % 10
     parts = list(zip(x.to(memory_format=torch.channels_last).split(3), labels.split(3), strict=True))
     frame = analysis.measure(network, parts)
-    assert frame.attrs == {"accuracy": 0.75, "unpaired": [], "path": "folded"}
+    assert frame.attrs == {"accuracy": 0.75, "unpaired": [], "unseen": [], "path": "folded"}
 
 
 def test_dicts_of_tensors():
@@ -390,10 +405,12 @@ def test_what_the_network_keeps_can_be_trained_with():
 
 def test_an_error_of_the_folded_copy_alone():
     """A view that the layout of the copy does not allow."""
-    sizes = (3, 3, 8)
-    network = with_statistics(Net(lambda m, x: m.bn(m.conv(x)).view(len(x), -1).mean(1), **pair()))
-    network.conv.padding = (0, 0)
-    batches = [torch.randn(6, 4, size, size) for size in sizes]
+
+    def flow(m, x):
+        y = m.bn(m.conv(x))
+        return y.view(len(x), -1).mean(1) if len(x) > 4 else y.mean((1, 2, 3))
+
+    network, batches = with_statistics(Net(flow, **pair())), [images(4), images(4), images(6)]
     frame = analysis.measure(network, batches)
     assert frame.attrs["path"].startswith(
         "hooks: from batch 3 on, a folded copy of it does not run (RuntimeError: view"

@@ -94,6 +94,22 @@ def test_it_is_what_pillow_and_torch_make_of_the_images(resnet_18, photographs, 
     assert frame_of(tmp_path / "out")["std"][0] == pytest.approx(expected, rel=1e-5)
 
 
+def test_another_scale_of_the_images_is_a_warning(photographs, tmp_path, capsys):
+    """Caffe's and older networks of Table 1 were not trained with ImageNet's mean and std."""
+    images = ImageFolder.open(photographs).sample(9)
+    torch.save(record(build("resnet-18"), PRESETS["[0,1]"](images)).state_dict(), tmp_path / "resnet18.pth")
+    words = ("--checkpoint", tmp_path / "resnet18.pth", "--data", photographs, "--out", tmp_path / "out")
+    assert run(*words, "--format", "svg") == 0
+    warned = re.search(
+        r"warning: resnet-18: the first BN gets (\d+) times the variance that it recorded: in training images were "
+        r"others, or normalised otherwise \(--normalize\)\n",
+        capsys.readouterr().err,
+    )
+    assert 15 <= int(warned[1]) <= 25  # about 1 / 0.225^2
+    assert run(*words, "--format", "svg", "--normalize", "[0,1]") == 0
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_some_images_of_class_folders_are_of_all_classes(resnet_18, photographs, tmp_path):
     words = ("--data", photographs, "--out", tmp_path / "out", "--format", "svg", "--source", "hooks", "hooks")
     assert run("--checkpoint", resnet_18, "--images", 3, *words) == 0

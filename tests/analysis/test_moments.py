@@ -65,6 +65,36 @@ def test_large_batches_in_channels_last(shape):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(56, 56), (512, 512), (512, 2000)])
+def test_large_maps_of_which_a_part_is_flat(size, layout):
+    """One value that is added up many times in float32 is rounded the same way every time."""
+    x = torch.randn(1, 3, *size).add_(0.7)
+    x[:, :, : size[0] * 4 // 5] = torch.tensor([0.3, 1.1, 2.7]).view(3, 1, 1)
+    x = x.contiguous(memory_format=layout)
+    expected = x.double().std(correction=0).item()
+    assert Moments.of(x).std == pytest.approx(expected, rel=3e-6)
+
+
+def test_other_defaults_of_torch_change_nothing():
+    x = responses().to(torch.bfloat16, memory_format=torch.channels_last)
+    expected = Moments.of(x)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = Moments.of(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.mean, expected.mean)
+    assert torch.equal(found.m2, expected.m2)
+
+
+def test_nothing_merges_with_anything():
+    some, none = Moments.of(responses()), Moments(0, *torch.zeros(2, responses().shape[1], dtype=torch.float64))
+    assert some.merge(none) is some
+    assert none.merge(some) is some
+    assert none.merge(none).count == 0
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_summed_in_float32(dtype, layout):
     x = responses().to(dtype, memory_format=layout)

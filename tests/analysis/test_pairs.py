@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import distributed, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import analysis
 from analysis.pairs import recording
@@ -273,6 +274,8 @@ def test_lazy_modules_before_their_first_pass():
     with torch.no_grad():
         response = network.eval()[:2](torch.cat(batches)).double()
     assert frame["std"][0] == pytest.approx(response.std(correction=0).item(), rel=1e-6)
+    norms = nn.Sequential(nn.LazyConv2d(5, 3), nn.LazyBatchNorm2d(), nn.LazyInstanceNorm2d(affine=True))
+    assert len(analysis.measure(norms, batches)) == 1
 
 
 @pytest.mark.parametrize(
@@ -583,6 +586,49 @@ def test_hooks_that_change_what_a_bn_puts_out_come_after_its_response(norm, hook
     [layer] = record_of(network, x).layers
     assert layer.moments.std == expected
     handle.remove()
+
+
+def test_hooks_of_all_modules_that_change_what_a_bn_puts_out_are_an_error():
+    """They run before those of a module."""
+    network = nn.Sequential(conv(), bn())
+    expected = record_of(network).layers[0].norm
+    with register_module_forward_hook(lambda module, args, output: None):
+        assert record_of(network).layers[0].norm == expected
+    double = lambda module, args, output: output * 2 if isinstance(module, nn.BatchNorm2d) else None  # noqa: E731
+    with register_module_forward_hook(double), pytest.raises(ValueError, match="its output is not what they make of"):
+        record_of(network)
+
+
+def test_convolutions_of_which_hooks_see_no_call_are_named():
+    network = Net(lambda m, x: m.bn2(m.conv2.forward(m.bn1(m.conv1(x)))), conv3=conv(kernel=1))
+    assert record_of(network, passes=2).unseen == ["conv2"]
+    frame = analysis.measure(network, torch.randn(2, 2, 4, 8, 8))
+    assert (frame["name"].tolist(), frame.attrs["unseen"]) == (["conv1"], ["conv2"])
+    assert record_of(Net(chain("conv1", "bn1", "conv2", "bn2", "conv3", "bn3"))).unseen == []
+
+
+def test_one_bn_twice_on_one_output():
+    assert pairs_of(record_of(Net(lambda m, x: torch.add(m.bn1(y := m.conv1(x)), m.bn1(y))))) == ONE * 2
+
+
+class Heads(Net):
+    """A detector: its second stage runs on what the first one found."""
+
+    def __init__(self):
+        super().__init__(lambda m, x: m.bn2(m.conv2(m.bn1(m.conv1(x))[x.mean((1, 2, 3)) > 0])))
+
+
+@pytest.mark.parametrize("norm", [bn, lambda: BatchNormAct(nn.Identity())])
+def test_a_layer_to_which_nothing_comes_in_some_batches(norm):
+    network = Heads()
+    network.bn2 = norm()
+    some, none = (torch.randn(3, 4, 8, 8) + offset for offset in (5, -5))
+    for batches in ([some, none, some], [none, some], [some, some, none, some]):
+        found, few = (analysis.measure(network, images) for images in (batches, [b for b in batches if b is not none]))
+        assert found["std"][1] == pytest.approx(few["std"][1], rel=1e-6)
+        assert found["count"].tolist() == [len(batches) * 3 * 4 * 64, few["count"][1]]
+    with pytest.raises(ValueError, match="no image gave a response of conv2: take others"):
+        analysis.measure(network, [none, none])
 
 
 def test_backward_hooks_do_not_part_a_pair():

@@ -1,6 +1,8 @@
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from analysis import measure
 from models import build, closed_form, load
@@ -188,6 +190,75 @@ def test_tensors_sorted_by_name_as_in_safetensors_files(name):
     expected = closed_form(state)
     assert expected.attrs == {"ambiguous": [], "unpaired": [], "sorted": False}
     assert found.equals(expected)
+
+
+def test_the_order_in_which_safetensors_loads_a_file(tmp_path):
+    """Counters of BN first, and then the other tensors by name."""
+    state = randomise(build("resnet-8")).state_dict()
+    save_file(state, tmp_path / "a.safetensors")
+    loaded = load_file(tmp_path / "a.safetensors")
+    assert list(loaded) not in (list(state), sorted(state))
+    found = closed_form(loaded)
+    assert found.attrs == {"ambiguous": [], "unpaired": [], "sorted": True}
+    assert found.equals(closed_form(state))
+
+
+@pytest.mark.parametrize("order", [list, sorted])
+def test_names_of_transformers(order):
+    """resnet.encoder.stages.0.layers.0.layer.1.convolution and .normalization, as in microsoft/resnet-50."""
+
+    def layer(*channels, kernel=3):
+        return module(convolution=conv(*channels, kernel=kernel), normalization=nn.BatchNorm2d(channels[1]))
+
+    def block(channels, width, out):
+        parts = {"shortcut": layer(channels, out, kernel=1)} if channels != out else {}
+        branch = layer(channels, width, kernel=1), layer(width, width), layer(width, out, kernel=1)
+        return module(**parts, layer=nn.Sequential(*branch))
+
+    stages = nn.Sequential(nn.Sequential(block(4, 4, 8), block(8, 4, 8)), nn.Sequential(block(8, 8, 16)))
+    state = randomise(module(embedder=layer(3, 4, kernel=7), encoder=module(stages=stages))).state_dict()
+    layers = ["encoder.stages.0.0.layer.1", "encoder.stages.0.1.layer.1", "encoder.stages.1.0.layer.1"]
+    pairs = [(f"{name}.convolution", f"{name}.normalization") for name in layers]
+    assert names({name: state[name] for name in order(state)}) == (pairs, [])
+
+
+@pytest.mark.parametrize("order", [list, sorted])
+def test_lists_of_convolutions_and_of_bns(order):
+    """Res2Net: convs.0 to convs.2, then bns.0 to bns.2."""
+    convs, bns = (
+        nn.Sequential(*(make() for _ in range(3))) for make in (lambda: conv(4, 4), lambda: nn.BatchNorm2d(4))
+    )
+    state = module(conv1=conv(3, 4, kernel=1), bn1=nn.BatchNorm2d(4), convs=convs, bns=bns).state_dict()
+    assert names({name: state[name] for name in order(state)})[0] == [(f"convs.{i}", f"bns.{i}") for i in range(3)]
+
+
+@pytest.mark.parametrize("order", [list, sorted])
+def test_a_bn_in_the_module_of_its_convolution(order):
+    """detectron2: conv2 and conv2.norm."""
+    layers = {f"conv{i}": conv(4, 4) for i in (1, 2)}
+    for layer in layers.values():
+        layer.norm = nn.BatchNorm2d(4)
+    state = module(**layers).state_dict()
+    assert names({name: state[name] for name in order(state)}) == (
+        [("conv1", "conv1.norm"), ("conv2", "conv2.norm")],
+        [],
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+    ],
+)
+def test_pruned_and_re_parametrised_convolutions(change):
+    network = randomise(nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), conv(4, 6), nn.BatchNorm2d(6)))
+    expected = closed_form(network)
+    change(network[2])
+    assert "2.weight" not in network.state_dict()
+    assert closed_form(network.state_dict()).equals(expected)
 
 
 def test_a_pre_activation_network_sorted_by_name():

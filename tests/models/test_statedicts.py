@@ -1,6 +1,7 @@
 """Other people's files: whatever they are wrapped in, the tensors come out under our names."""
 
 import re
+import zipfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models import build, checkpoints, load
@@ -55,6 +57,7 @@ LAYOUTS = {
     },
     "timm": lambda s, o: {"epoch": 3, "arch": "resnet", "state_dict": s, "args": Namespace(), "version": 2},
     "numbers of numpy": lambda s, o: {"model": s, "metric": np.float64(0.5), "best": {"epoch": np.int64(3)}},
+    "arrays of numpy": lambda s, o: {"model": s, "confusion": np.ones((2, 2)), "seeds": np.arange(9, dtype=np.uint32)},
     "timm with EMA": lambda s, o: {"state_dict": s, "state_dict_ema": o},
     "torchvision with EMA": lambda s, o: {
         "model": s, "model_ema": prefixed("module.", o) | {"n_averaged": torch.ones(())}
@@ -143,6 +146,59 @@ def test_two_networks_in_one_file(network, other, tmp_path):
     message = "a.safetensors: it holds 2 networks: student., teacher.; save the one you mean by itself"
     with pytest.raises(ValueError, match=re.escape(message)):
         read(tmp_path / "a.safetensors")
+
+
+def test_two_copies_of_another_network_in_one_file(tmp_path):
+    plain, average = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)) for _ in range(2))
+    both = prefixed("model.", plain.state_dict()) | prefixed("model_ema.", average.state_dict())
+    torch.save({"state_dict": both | {"loss.weight": torch.ones(3)}}, tmp_path / "a.pt")
+    for ema, copy, note in (
+        (False, prefixed("model.", plain.state_dict()), "from model, not model_ema"),
+        (True, prefixed("model_ema.", average.state_dict()), "from model_ema, not model"),
+    ):
+        state, _, said = read(tmp_path / "a.pt", ema=ema)
+        assert said == note
+        assert state.keys() == copy.keys()
+        assert all(torch.equal(state[name], copy[name]) for name in copy)
+    streams = prefixed("rgb.", plain.state_dict()) | prefixed("schema.", average.state_dict())
+    torch.save(streams, tmp_path / "b.pt")
+    assert read(tmp_path / "b.pt")[0].keys() == streams.keys()  # no EMA: two parts of one network
+
+
+def test_a_pruned_network(network, tmp_path):
+    prune.l1_unstructured(network.layer1[0].conv1, "weight", 0.5)
+    torch.save(network.state_dict(), tmp_path / "a.pth")
+    found = load(tmp_path / "a.pth").model
+    expected = network.layer1[0].conv1.weight
+    assert (expected == 0).sum() == expected.numel() // 2
+    assert torch.equal(found.layer1[0].conv1.weight, expected)
+    state = network.state_dict() | {"layer1.0.conv1.weight_mask": torch.ones(1)}
+    torch.save(state, tmp_path / "b.pth")
+    with pytest.raises(
+        ValueError, match=r"b\.pth: the tensors are not those of resnet-8: layer1\.0\.conv1\.weight is mis"
+    ):
+        load(tmp_path / "b.pth")
+
+
+def test_a_classifier_of_another_name(network, tmp_path):
+    state = {name.replace("fc.", "last_linear."): tensor for name, tensor in network.state_dict().items()}
+    torch.save(state, tmp_path / "a.pth")
+    assert same(load(tmp_path / "a.pth").model.state_dict(), network)
+    torch.save({name: x for name, x in state.items() if "linear" not in name}, tmp_path / "b.pth")
+    with pytest.raises(
+        ValueError, match=r"b\.pth: it has the layers of resnet-8, but no classifier called fc or linear; --mo"
+    ):
+        load(tmp_path / "b.pth")
+
+
+def test_a_torchscript_archive(network, tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:  # torch.jit.save is deprecated
+        archive.writestr("a/constants.pkl", b"")
+        archive.writestr("a/code/__torch__.py", b"")
+    with pytest.raises(
+        ValueError, match=r"a\.pt: refused: a TorchScript archive, which holds code; save torch\.jit\.load"
+    ):
+        read(tmp_path / "a.pt")
 
 
 class Segmenter(nn.Module):
