@@ -152,8 +152,10 @@ def recognise(
         known = how[what] if not how[what].startswith(("assumed", "unknown")) else "recognised"
         how[what] = f"{known}, {match.describe()}"
         if not match.fits:
-            warnings.append(f"no {what} fits: {match.describe()}, where a fit is below {FITS}")
-    if warnings:
+            warnings.append(f"no {what} fits (with a misfit below {FITS}): {match.describe()}")
+    if warnings and inputs.fits and matches[0][1].by:
+        warnings.append("BN's statistics are not those of these images: few images may make most of the variance")
+    elif warnings:
         warnings.append("the images, the preprocessing or the network are not those of the training")
     model = next((match.best for what, match in matches if what == "kind"), models[0])
     return replace(

@@ -316,7 +316,7 @@ def test_without_images_the_label_says_whether_a_network_is_plain(tmp_path, caps
 def test_what_does_not_fit_is_a_warning(files, images, tmp_path, capsys):
     words = ("--checkpoint", files["resnet-8"], "--data", images, "--out", tmp_path)
     assert run(*words, "--normalize", "[-1,1]") == 0
-    assert "warning: resnet-8: no preprocessing fits: misfit " in capsys.readouterr().err
+    assert "warning: resnet-8: no preprocessing fits (with a misfit below 0.15): misfit " in capsys.readouterr().err
     assert json.loads((tmp_path / "responses.json").read_text())["resnet-8"]["warnings"]
 
 

@@ -8,9 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import load
+from models import load, zoo
 from models.preprocess import PRESETS, augment, mean_image, per_pixel
-from models.recognition import FITS, SAMPLE, STEM_SAMPLE, best_of, match_network, match_preprocessing, sample
+from models.recognition import (
+    FITS,
+    SAMPLE,
+    STEM_SAMPLE,
+    best_of,
+    information,
+    match_network,
+    match_preprocessing,
+    sample,
+)
 from models.resnet import Config, ResNet
 
 
@@ -70,8 +79,8 @@ def test_a_network_that_fits_nothing_is_reported(tmp_path):
     torch.save(network.state_dict(), tmp_path / "a.pt")
     found = load(tmp_path / "a.pt", kind="residual", normalize="imagenet", images=blobs(300, seed=2))
     assert len(found.warnings) == 3
-    assert found.warnings[0].startswith("no kind fits: misfit ")
-    assert found.warnings[1].startswith("no preprocessing fits: misfit ")
+    assert found.warnings[0].startswith("no kind fits (with a misfit below 0.15): misfit ")
+    assert found.warnings[1].startswith("no preprocessing fits (with a misfit below 0.15): misfit ")
     assert found.warnings[2] == "the images, the preprocessing or the network are not those of the training"
 
 
@@ -93,6 +102,55 @@ def test_the_public_checkpoints(akamaster, real_test):
         misfits = dict(networks.others)
         assert misfits["residual, zeros after"] > 0.25
         assert misfits["plain"] > 2
+
+
+@pytest.mark.parametrize("name", zoo.shipped())
+def test_predictions_tell_the_shipped_networks_from_the_wrong_ones(name, real_test, tmp_path):
+    shipped = load(zoo.find(name))
+    true, state = shipped.model.config, shipped.model.state_dict()
+    configs = [
+        Config("residual", true.depth),
+        Config("residual", true.depth, padding="after"),
+        Config("plain", true.depth),
+    ]
+    x = augment(sample(real_test.images, SAMPLE), shipped.preprocessing, "zero", torch.Generator().manual_seed(0))
+    told = {}
+    for config in configs:
+        network = ResNet(config).eval()
+        network.load_state_dict(state)
+        with torch.no_grad():
+            told[config] = information(network(x))
+    assert told.pop(true) > 1.7
+    assert max(told.values()) < 0.45
+
+
+def test_predictions_decide_where_few_images_make_the_variance(real_test, tmp_path):
+    """As in resnet-110, whose layers' variances 256 images do not repeat."""
+    shipped = load(zoo.find("resnet-110"))
+    torch.save(shipped.model.state_dict(), tmp_path / "a.pt")
+    found = load(tmp_path / "a.pt", images=real_test.images)
+    assert found.model.config == shipped.model.config
+    assert (found.preprocessing.name, found.crop_padding) == ("per-pixel", "zero")
+    assert found.how["kind"].startswith("recognised, misfit 0.")
+    assert "; its predictions tell most of an image (1." in found.how["kind"]
+    assert len(found.warnings) == 2
+    assert found.warnings[1].startswith("BN's statistics are not those of these images: few images may make")
+
+
+@pytest.mark.parametrize(
+    ("logits", "nats"),
+    [
+        (100 * torch.eye(10), np.log(10)),  # each image is of another class, and surely
+        (torch.randn(10, 1).expand(10, 10), 0),  # no image is of any class
+        (torch.arange(100.0).expand(10, 100), 0),  # all are of one class
+        (torch.full((10, 10), float("nan")), 0),
+        (torch.full((10, 10), float("inf")), 0),
+        (torch.zeros(10, 10, 2, 2), 0),  # no predictions of classes
+        ([torch.zeros(10, 10)], 0),
+    ],
+)
+def test_information_of_predictions(logits, nats):
+    assert information(logits) == pytest.approx(nats, abs=1e-6)
 
 
 def test_the_best_is_the_smallest_and_nan_is_the_worst():
