@@ -105,7 +105,7 @@ def test_the_public_checkpoints(akamaster, real_test):
 
 
 @pytest.mark.parametrize("name", zoo.shipped())
-def test_predictions_tell_the_shipped_networks_from_the_wrong_ones(name, real_test, tmp_path):
+def test_predictions_tell_the_shipped_networks_from_the_wrong_ones(name, real_test):
     shipped = load(zoo.find(name))
     true, state = shipped.model.config, shipped.model.state_dict()
     configs = [
@@ -135,6 +135,42 @@ def test_predictions_decide_where_few_images_make_the_variance(real_test, tmp_pa
     assert "; its predictions tell most of an image (1." in found.how["kind"]
     assert len(found.warnings) == 2
     assert found.warnings[1].startswith("BN's statistics are not those of these images: few images may make")
+
+
+class Predicts(nn.Module):
+    """A BN that recorded `times` the variance that it gets, and predictions of classes, sure (1), faint or none (0)."""
+
+    def __init__(self, images, times, sure):
+        super().__init__()
+        self.bn, self.sure = nn.BatchNorm2d(3), sure
+        x = PRESETS["[0,1]"](torch.as_tensor(images))
+        self.bn.running_var.copy_(times * x.var(dim=(0, 2, 3), correction=0))
+        self.eval()
+
+    def forward(self, x):
+        self.bn(x)
+        return 100.0 * self.sure * torch.eye(10)[torch.arange(len(x)) % 10]
+
+
+@pytest.mark.parametrize(
+    ("of", "best"),
+    [
+        ([(10, 1), (2, 0), (4, 0)], 0),  # not the smallest misfit
+        ([(10, 1), (1.02, 0)], 1),  # which is a fit
+        ([(10, 1), (2, 1)], 1),  # whose predictions tell as much
+        ([(10, 0.01), (2, 0)], 1),  # whose predictions tell less, but hardly
+    ],
+)
+def test_predictions_decide_where_no_misfit_is_a_fit(of, best):
+    images = blobs(60, seed=0)
+    models = [Predicts(images, times, sure) for times, sure in of]
+    match = match_network(models, images, PRESETS["[0,1]"], "none")
+    assert match.best is models[best]
+    assert match.misfit == pytest.approx(np.log(of[best][0]), abs=1e-4)
+    others = sorted(abs(np.log(times)) for times, _ in of[:best] + of[best + 1 :])
+    assert [misfit for _, misfit in match.others] == pytest.approx(others, abs=1e-4)
+    assert bool(match.by) == (best == 0)
+    assert match.clear == (best == 0 or match.misfit < others[0] / 2)
 
 
 @pytest.mark.parametrize(
