@@ -9,9 +9,9 @@ preprocessing and 256 for the network:
     network             right 0.01; option A with its zeros elsewhere 0.29 and 0.77; the plain network 2.1 and 4.2
 
 In deep networks few images can make most of the variance, and 256 others do not repeat it: the shipped resnet-110 has a
-misfit of 0.30; one that was interrupted after 16,958 iterations had 2.68, and with its zeros elsewhere 2.02. What their
-predictions tell about an image shows the right one then: 1.7 nats and more of the five shipped networks, at most 0.4 of
-the same tensors in a wrong one (log 10 = 2.3 is all there is to tell).
+misfit of 0.36; when it was interrupted after 16,958 iterations it had 2.68, and with its zeros elsewhere 2.02. What the
+predictions tell about an image shows the right one then: 1.97 nats and more of the five shipped networks, at most 0.4
+of the same tensors in a wrong one (log 10 = 2.3 is all there is to tell).
 
 `python -m pytest tests/models/test_recognition.py` holds bounds of these.
 """

@@ -1,6 +1,7 @@
 """Networks whose BN statistics were recorded under every combination of what there is to recognise."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -120,7 +121,7 @@ def test_predictions_tell_the_shipped_networks_from_the_wrong_ones(name, real_te
         network.load_state_dict(state)
         with torch.no_grad():
             told[config] = information(network(x))
-    assert told.pop(true) > 1.7
+    assert told.pop(true) > 1.9
     assert max(told.values()) < 0.45
 
 
@@ -131,8 +132,8 @@ def test_predictions_decide_where_few_images_make_the_variance(real_test, tmp_pa
     found = load(tmp_path / "a.pt", images=real_test.images)
     assert found.model.config == shipped.model.config
     assert (found.preprocessing.name, found.crop_padding) == ("per-pixel", "zero")
-    assert found.how["kind"].startswith("recognised, misfit 0.")
-    assert "; its predictions tell most of an image (1." in found.how["kind"]
+    assert re.match(r"recognised, misfit \d\.\d\d, ", found.how["kind"])
+    assert re.search(r"; its predictions tell most of an image \([12]\.\d+ nats", found.how["kind"])
     assert len(found.warnings) == 2
     assert found.warnings[1].startswith("BN's statistics are not those of these images: few images may make")
 

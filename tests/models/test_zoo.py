@@ -48,6 +48,7 @@ def test_the_readme_has_the_card(name):
     assert f"| {training['test_error']:.2f} |" in row
     speeds = re.findall(r"(\d+) images/s", training["device_name"]) or [training["images_per_s"]]  # a machine each
     versions = re.findall(r"torch ([\d.]+)", training["device_name"]) or [training["versions"]["torch"].split("+")[0]]
+    versions = list(dict.fromkeys(versions))
     speed = ", then ".join(f"{int(number):,}" for number in speeds)
     assert row.endswith(f"| {speed} | {training['seconds']:,} | {', then '.join(versions)} |")
 
