@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import analysis
+import models
 from analysis.probe import COLUMNS
 from models import probe, zoo
 from models.files import sha256
@@ -73,6 +75,22 @@ def test_the_shipped_one():
         assert network["mean"] < network["real_worst_mean"]
         assert network["r"] > network["real_worst_r"]
     assert {"count", "rounds", "seed", "versions"} <= data.card.keys()
+
+
+@pytest.mark.parametrize("name", ["plain-20", "resnet-20"])
+def test_its_images_have_the_errors_of_its_card(name, real_test):
+    network = models.load(zoo.find(name))
+
+    def measure(images):
+        batches = map(network.preprocessing, np.array_split(images, 10))
+        return analysis.measure(network.model, batches, network=name)["std"]
+
+    data = probe.load()
+    std, truth = measure(data.images), measure(real_test.images)
+    card = data.card["networks"][name]
+    assert (std / truth - 1).abs().mean() == pytest.approx(card["mean"], abs=1e-4)
+    assert (std / truth - 1).abs().max() == pytest.approx(card["largest"], abs=1e-4)
+    assert np.corrcoef(std, truth)[0, 1] == pytest.approx(card["r"], abs=1e-4)
 
 
 def test_the_page_shows_its_errors_and_the_readme_some():
