@@ -1,4 +1,6 @@
-"""Measuring the responses of a network's layers, comparing what was measured, and the commands of this package."""
+"""Measuring the responses of a network's layers, comparing what was measured, and the commands of
+this package.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from analysis.differences import compare_frames
-    from analysis.hooks import measure
+    from analysis.measuring.measurement import measure
+    from analysis.statistics import compare_frames
 
 __all__ = ["compare_frames", "measure"]
 
-HOMES = {"compare_frames": "analysis.differences", "measure": "analysis.hooks"}
+HOMES = {"compare_frames": "analysis.statistics", "measure": "analysis.measuring.measurement"}
 
 
 def __getattr__(name: str) -> Any:
@@ -25,11 +27,15 @@ def __getattr__(name: str) -> Any:
 
 
 def pin(name: str) -> None:
-    """Import the package of that name beside this one: the folder one works in may hold another `models`."""
+    """Import the package of that name beside this one: the folder one works in may hold another
+    `models`.
+    """
     place = Path(__file__).parents[1] / name / "__init__.py"
     other = getattr(sys.modules.get(name), "__file__", None)
     if other is not None and Path(other) != place:
-        raise ImportError(f"another package called {name} is imported: {other}; import analysis before it")
+        raise ImportError(
+            f"another package called {name} is imported: {other}; import analysis before it"
+        )
     if name not in sys.modules:
         spec = spec_from_file_location(name, place, submodule_search_locations=[str(place.parent)])
         assert spec is not None  # an __init__.py has a loader

@@ -1,12 +1,14 @@
-"""What measuring costs beside an ordinary forward pass: time, memory and error of several ways, interleaved.
+"""What measuring costs beside an ordinary forward pass: time, memory and error of several ways,
+interleaved.
 
     python -m analysis.benchmark --networks resnet-56 --data path/to/cifar10
     python -m analysis.benchmark --images 256 --repeats 3
 
-Every way runs the same images in the same batches, one way after the other, round after round; a ratio is the median
-of a way's seconds over the median of the plain forward pass's. Memory is the peak of a process of its own. Errors are
-the largest relative one of any layer's std, against a two-pass in float64 over the same network's responses. Writes
-benchmark.csv and benchmark.png/.pdf into --out.
+Every way runs the same images in the same batches, one way after the other, round after round; a
+ratio is the median of a way's seconds over the median of the plain forward pass's. Memory is the
+peak of a process of its own. Errors are the largest relative one of any layer's std, against a
+two-pass in float64 over the same network's responses. Writes benchmark.csv and benchmark.png/.pdf
+into --out.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ from subprocess import PIPE
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from analysis.inputs import PROBE, check_folder, place_of, positive
-from analysis.outputs import as_csv, as_images, finish, write_files
-from analysis.sources import FEW, default_batch_size
+from analysis.cli.items import PROBE, check_folder, place_of, positive
+from analysis.cli.outputs import as_csv, as_images, finish, write_files
+from analysis.measuring.networks import FEW, default_batch_size
 
 if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help does without
     import numpy as np
@@ -80,14 +82,39 @@ def make_parser() -> argparse.ArgumentParser:
         description="Time, memory and error of measuring, beside a plain forward pass on the same images.",
     )
     add = parser.add_argument
-    add("--networks", nargs="+", default=NETWORKS, metavar="NAME", help=f"default: {' '.join(NETWORKS)}")
-    add("--images", type=positive, metavar="N", help=f"of 32x32 pixels (default: {IMAGES:,}, or all where there are "
-        f"fewer); of 224x224 one for {SHARE} of them")  # fmt: skip
-    add("--batch-size", type=positive, metavar="N", help="images at a time (default: as analysis.responses)")
+    add(
+        "--networks",
+        nargs="+",
+        default=NETWORKS,
+        metavar="NAME",
+        help=f"default: {' '.join(NETWORKS)}",
+    )
+    add(
+        "--images",
+        type=positive,
+        metavar="N",
+        help=f"of 32x32 pixels (default: {IMAGES:,}, or all where there are "
+        f"fewer); of 224x224 one for {SHARE} of them",
+    )
+    add(
+        "--batch-size",
+        type=positive,
+        metavar="N",
+        help="images at a time (default: as analysis.responses)",
+    )
     add("--repeats", type=positive, default=5, metavar="N", help="rounds (default: %(default)s)")
-    add("--threads", type=positive, metavar="N", help="threads of torch (default: torch's own choice)")
-    add("--data", type=Path, metavar="PATH", help="CIFAR-10's test images, or probe: the probe set (default: random "
-        "pixels)")  # fmt: skip
+    add(
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="threads of torch (default: torch's own choice)",
+    )
+    add(
+        "--data",
+        type=Path,
+        metavar="PATH",
+        help="CIFAR-10's test images, or probe: the probe set (default: random pixels)",
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     add("--out", type=Path, default=Path("figures"), metavar="DIR", help="default: %(default)s")
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -99,12 +126,14 @@ def run(args: argparse.Namespace) -> None:
     import pandas as pd
     import torch
 
-    from analysis.hooks import WITHOUT_TF32
+    from analysis.measuring.measurement import WITHOUT_TF32
     from plots.benchmark import draw_benchmark
 
     check_folder(args.out)
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device on this machine; use --device cpu")
+        raise ValueError(
+            "--device cuda: torch sees no CUDA device on this machine; use --device cpu"
+        )
     jobs = [make_job(args, name) for name in dict.fromkeys(args.networks)]
     rows: list[dict[str, Any]] = []
     for job in jobs:
@@ -113,7 +142,9 @@ def run(args: argparse.Namespace) -> None:
         print(table(pd.DataFrame(part, columns=list(COLUMNS))) + "\n", flush=True)
         rows += part
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    files = {"benchmark.csv": as_csv(frame)} | as_images("benchmark", draw_benchmark(frame), ["png", "pdf"])
+    files = {"benchmark.csv": as_csv(frame)} | as_images(
+        "benchmark", draw_benchmark(frame), ["png", "pdf"]
+    )
     print(write_files(args.out, files).lstrip("\n"))
 
 
@@ -135,7 +166,14 @@ def make_job(args: argparse.Namespace, name: str) -> Job:
     size = SIZES["imagenet" if large else "cifar"]
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     batch_size = args.batch_size or default_batch_size(size, device)
-    return Job(name, images, batch_size, None if large else args.data, device, args.threads or torch.get_num_threads())
+    return Job(
+        name,
+        images,
+        batch_size,
+        None if large else args.data,
+        device,
+        args.threads or torch.get_num_threads(),
+    )
 
 
 def load_network(job: Job) -> nn.Module:
@@ -161,7 +199,7 @@ def load_network(job: Job) -> nn.Module:
 
 def named_images(path: Path) -> np.ndarray:
     """CIFAR-10's test images, or the probe set (N, 32, 32, 3), uint8."""
-    from models import cifar10, probe
+    from models.data import cifar10, probe
 
     if path == PROBE:
         return probe.load().images
@@ -182,7 +220,7 @@ def load_images(job: Job) -> np.ndarray:
 
 def batches_of(job: Job, images: np.ndarray | None = None) -> Iterator[Tensor]:
     """Images, normalised as they are asked for: (n, 3, H, W)."""
-    from models.preprocess import PRESETS
+    from models.data.preprocessing import PRESETS
 
     images = load_images(job) if images is None else images
     for part in (images[:FEW], images[FEW:]):
@@ -195,8 +233,8 @@ def measure_job(job: Job, repeats: int) -> list[dict[str, Any]]:
     import torch
     from tqdm import tqdm
 
-    from analysis.hooks import measure
-    from analysis.ways import WAYS, two_pass
+    from analysis.baselines import WAYS, two_pass
+    from analysis.measuring.measurement import measure
 
     torch.set_num_threads(job.threads)
     model, images = load_network(job), load_images(job)
@@ -215,7 +253,9 @@ def measure_job(job: Job, repeats: int) -> list[dict[str, Any]]:
     peaks: dict[str, float | None] = {}
     for way in ways:
         peaks[way], notes[way] = peak_of(job, way, names)
-    facts = {key: value for key, value in asdict(job).items() if key != "data"} | {"repeats": repeats}
+    facts = {key: value for key, value in asdict(job).items() if key != "data"} | {
+        "repeats": repeats
+    }
     return [
         facts
         | {"way": way, "note": notes[way]}
@@ -235,15 +275,25 @@ def now(job: Job) -> float:
 
 def layer_error(stds: list[float], exact: list[float]) -> float | None:
     """The largest relative error of any layer; None where nothing was measured."""
-    return max((abs(std / true - 1) for std, true in zip(stds, exact, strict=True)), default=None) if stds else None
+    return (
+        max((abs(std / true - 1) for std, true in zip(stds, exact, strict=True)), default=None)
+        if stds
+        else None
+    )
 
 
 def summarise(
-    way: str, seconds: dict[str, list[float]], peaks: dict[str, float | None], stds: dict[str, list[float]],
-    exact: list[float], job: Job,
-) -> dict[str, Any]:  # fmt: skip
-    """What was measured of one way, as columns. Ratios are of medians, beside the plain forward pass."""
-    from analysis.ways import PLAIN
+    way: str,
+    seconds: dict[str, list[float]],
+    peaks: dict[str, float | None],
+    stds: dict[str, list[float]],
+    exact: list[float],
+    job: Job,
+) -> dict[str, Any]:
+    """What was measured of one way, as columns. Ratios are of medians, beside the plain forward
+    pass.
+    """
+    from analysis.baselines import PLAIN
 
     typical, peak, plain = median(seconds[way]), peaks[way], peaks[PLAIN]
     return {
@@ -260,7 +310,9 @@ def summarise(
 
 def why_not(way: str, job: Job, layers: pd.DataFrame) -> str:
     """Why a way is left out on this machine; empty where it is not."""
-    gigabytes = layers["count"].sum() / layers["images"].iloc[0] * job.images * 4 / 1e9  # of float32
+    gigabytes = (
+        layers["count"].sum() / layers["images"].iloc[0] * job.images * 4 / 1e9
+    )  # of float32
     if way == "store, then std" and gigabytes > memory_of_machine() / 3:
         return f"would store {gigabytes:.0f} GB"
     if way == "torchlens" and importlib.util.find_spec("torchlens") is None:
@@ -274,13 +326,16 @@ def memory_of_machine() -> float:
 
 
 def peak_of(job: Job, way: str, names: list[str]) -> tuple[float | None, str]:
-    """The peak of a way's memory in MB: on a GPU what torch allocates, else what a process of its own has resident.
+    """The peak of a way's memory in MB: on a GPU what torch allocates, else what a process of its
+    own has resident.
 
     Where that process fails, None and why; it is killed for want of memory.
     """
     command = [sys.executable, "-c", "from analysis import benchmark; benchmark.run_alone()"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process to answer
+    before = signal.pthread_sigmask(
+        signal.SIG_BLOCK, {signal.SIGINT}
+    )  # Ctrl-C is for this process to answer
     try:
         process = subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment)
     finally:
@@ -302,7 +357,7 @@ def run_alone() -> None:
     """In a process of its own: run the way once that stdin names, and print its peak memory in MB."""
     import torch
 
-    from analysis.ways import WAYS
+    from analysis.baselines import WAYS
 
     facts, way, names = pickle.load(sys.stdin.buffer)
     job = Job(**facts)  # a Job of another process could be of its __main__
@@ -319,7 +374,9 @@ def resident_peak() -> float:
         return int(line.split()[1]) * 1024 / 1e6  # from KiB
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        1e6 if sys.platform == "darwin" else 1e3
+    )
 
 
 def table(frame: pd.DataFrame) -> str:

@@ -4,7 +4,8 @@
     >>> curves().groupby("network")["std"].mean().round(2).to_dict()
     {'plain-20': 1.82, 'plain-56': 1.52, 'resnet-110': 0.99, 'resnet-20': 1.62, 'resnet-56': 1.13}
 
-The paper is He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2 and Fig. 7.
+The paper is He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2 and
+Fig. 7.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def curves() -> pd.DataFrame:
 def against_paper(frame: pd.DataFrame) -> pd.DataFrame:
     """How far each network of a frame is from the paper's curve of its kind and depth.
 
-    One row a network, in the order of the frame: network, r (Pearson's, layer by layer) and ratio (mean std over the
-    paper's mean std); empty where the paper has no such network.
+    One row a network, in the order of the frame: network, r (Pearson's, layer by layer) and ratio
+    (mean std over the paper's mean std); empty where the paper has no such network.
     """
     paper = {key: curve["std"].to_numpy() for key, curve in curves().groupby(["kind", "depth"])}
     rows = []
@@ -50,20 +51,26 @@ def against_paper(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def judge(
-    frame: pd.DataFrame, blocks: pd.DataFrame | None = None, iterations: Mapping[str, int | None] | None = None
+    frame: pd.DataFrame,
+    blocks: pd.DataFrame | None = None,
+    iterations: Mapping[str, int | None] | None = None,
 ) -> pd.DataFrame:
     """The paper's three statements about Fig. 7, judged on the networks of a frame.
 
-    frame: one source for all networks (see analysis.frame). blocks: the blocks of their residual networks (see
-    analysis.branches), which the third statement is about. iterations: for how many networks were trained, by label,
-    where that is known. One row a number: claim (1 to 3), statement, networks (whose it is), measure, value, expected
-    (`< 0` or `> 0.5`), verdict and sentence. A verdict is `holds` where the value is as the paper says, else `does not
-    hold`; `cannot be judged here` where the two networks were not trained for as many iterations, which the sentence
-    says, and, with no value, where no two networks here are ones that the statement is about. Layers of two networks
-    are compared at the same position, as in Fig. 7; networks for CIFAR-10 and for ImageNet are not.
+    frame: one source for all networks (see analysis.measuring.frame). blocks: the blocks of their
+    residual networks (see analysis.measuring.blocks), which the third statement is about.
+    iterations: for how many networks were trained, by label, where that is known. One row a number:
+    claim (1 to 3), statement, networks (whose it is), measure, value, expected (`< 0` or `> 0.5`),
+    verdict and sentence. A verdict is `holds` where the value is as the paper says, else `does not
+    hold`; `cannot be judged here` where the two networks were not trained for as many iterations,
+    which the sentence says, and, with no value, where no two networks here are ones that the
+    statement is about. Layers of two networks are compared at the same position, as in Fig. 7;
+    networks for CIFAR-10 and for ImageNet are not.
     """
     rows: list[dict[str, Any]] = []
-    for number, (statement, measures, why_not) in enumerate(zip(STATEMENTS, MEASURES, WHY_NOT, strict=True), start=1):
+    for number, (statement, measures, why_not) in enumerate(
+        zip(STATEMENTS, MEASURES, WHY_NOT, strict=True), start=1
+    ):
         claim = {"claim": number, "statement": statement}
         found = list(measures(frame, blocks))
         nothing = Number((), "", math.nan, "", why_not)
@@ -77,7 +84,9 @@ def judge(
 
 
 def verdict_of(numbers: pd.DataFrame) -> str:
-    """What the numbers of one statement say together (see `judge`): those that cannot be judged do not count."""
+    """What the numbers of one statement say together (see `judge`): those that cannot be judged do
+    not count.
+    """
     verdicts = set(numbers["verdict"])
     judged = verdicts - {OPEN} or verdicts
     return judged.pop() if len(judged) == 1 else "holds in part"
@@ -95,7 +104,9 @@ class Number:
 
 
 def lengths(number: Number, iterations: Mapping[str, int | None]) -> str:
-    """For how many iterations the two networks were trained, in words; empty where that is equal or not known."""
+    """For how many iterations the two networks were trained, in words; empty where that is equal or
+    not known.
+    """
     known = [iterations.get(network) for network in number.networks]
     if None in known or len(set(known)) < 2:
         return ""
@@ -104,7 +115,7 @@ def lengths(number: Number, iterations: Mapping[str, int | None]) -> str:
 
 def below_plain(frame: pd.DataFrame, blocks: pd.DataFrame | None) -> Iterator[Number]:
     """Every residual network against every plain one of its depth."""
-    for (_, ours), (_, plain) in product(networks(frame, "residual"), networks(frame, "plain")):
+    for (_, ours), (_, plain) in product(networks_of(frame, "residual"), networks_of(frame, "plain")):
         if ours["depth"].iloc[0] != plain["depth"].iloc[0] or not one_family(ours, plain):
             continue
         names = both_names(ours, plain)
@@ -117,7 +128,7 @@ def below_plain(frame: pd.DataFrame, blocks: pd.DataFrame | None) -> Iterator[Nu
 
 def order_of_means(frame: pd.DataFrame, blocks: pd.DataFrame | None) -> Iterator[Number]:
     """Every residual network against every shallower one."""
-    for shallow, deep in by_depth(networks(frame, "residual")):
+    for shallow, deep in by_depth(networks_of(frame, "residual")):
         yield difference(deep, shallow, both_names(deep, shallow))
 
 
@@ -126,27 +137,34 @@ def smaller_steps(frame: pd.DataFrame, blocks: pd.DataFrame | None) -> Iterator[
     if blocks is None or blocks.empty:
         return
     medians = blocks.groupby("network")["ratio"].median()
-    for shallow, deep in by_depth(networks(frame, "residual")):
+    for shallow, deep in by_depth(networks_of(frame, "residual")):
         names = both_names(deep, shallow)
         if set(names) <= set(medians.index):
             ours, theirs = medians[names[0]], medians[names[1]]
             yield Number(
-                names, "difference of median ratios of branch to shortcut", ours - theirs, "< 0",
+                names,
+                "difference of median ratios of branch to shortcut",
+                ours - theirs,
+                "< 0",
                 f"a block's branch has {ours:.3f} times the std of its shortcut in {names[0]}, {theirs:.3f} times in "
                 f"{names[1]} (medians over blocks)",
-            )  # fmt: skip
+            )
 
 
 def difference(ours: pd.DataFrame, theirs: pd.DataFrame, names: tuple[str, str]) -> Number:
     """Of two networks' means over layers."""
     means = ours["std"].mean(), theirs["std"].mean()
     value = means[0] - means[1]
-    percent = f"{abs(100 * value / means[1]):.1f} % {'less' if value < 0 else 'more'} than" if value else "as much as"
+    percent = (
+        f"{abs(100 * value / means[1]):.1f} % {'less' if value < 0 else 'more'} than"
+        if value
+        else "as much as"
+    )
     sentence = f"{names[0]} has a mean std of {means[0]:.3f}, {percent} {names[1]} ({means[1]:.3f})"
     return Number(names, "difference of mean std", value, "< 0", sentence)
 
 
-def networks(frame: pd.DataFrame, kind: str) -> list[tuple[Any, pd.DataFrame]]:
+def networks_of(frame: pd.DataFrame, kind: str) -> list[tuple[Any, pd.DataFrame]]:
     """The networks of a kind whose depth is known, each with its layers."""
     known = frame[(frame["kind"] == kind) & frame["depth"].notna()]
     return list(known.groupby("network", sort=False))
@@ -160,8 +178,12 @@ def by_depth(found: list[tuple[Any, pd.DataFrame]]) -> Iterator[tuple[pd.DataFra
 
 
 def one_family(first: pd.DataFrame, second: pd.DataFrame) -> bool:
-    """Whether two networks have stages of the same widths: not one for CIFAR-10 and one for ImageNet."""
-    return set(first.get("channels", ())) == set(second.get("channels", ()))  # the paper's curves do not say them
+    """Whether two networks have stages of the same widths: not one for CIFAR-10 and one for
+    ImageNet.
+    """
+    return set(first.get("channels", ())) == set(
+        second.get("channels", ())
+    )  # the paper's curves do not say them
 
 
 def both_names(first: pd.DataFrame, second: pd.DataFrame) -> tuple[str, str]:
@@ -180,4 +202,13 @@ WHY_NOT = (
     "no two residual networks of different depth whose blocks ran on images",
 )
 OPEN = "cannot be judged here"
-CLAIM_COLUMNS = ("claim", "statement", "networks", "measure", "value", "expected", "verdict", "sentence")
+CLAIM_COLUMNS = (
+    "claim",
+    "statement",
+    "networks",
+    "measure",
+    "value",
+    "expected",
+    "verdict",
+    "sentence",
+)

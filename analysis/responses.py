@@ -1,11 +1,13 @@
-"""Fig. 7 from trained networks: the std of every 3x3 layer's response, as a frame, a figure and a table.
+"""Fig. 7 from trained networks: the std of every 3x3 layer's response, as a frame, a figure and a
+table.
 
     python -m analysis.responses --depth 20 56 110
     python -m analysis.responses --checkpoint resnet-20=resnet20-12fca82f.th --data cifar-10-python.tar.gz
 
-writes responses.csv, claims.csv, responses.json (where the numbers come from), fig7.png/.pdf and decomposition.png/.pdf
-into --out (with --html also a page to look at, responses.html), says how far each network is from the paper's curve,
-and judges the paper's claims. Without CIFAR-10 it measures on the probe set (models/probe.py).
+writes responses.csv, claims.csv, responses.json (where the numbers come from), fig7.png/.pdf and
+decomposition.png/.pdf into --out (with --html also a page to look at, responses.html), says how far
+each network is from the paper's curve, and judges the paper's claims. Without CIFAR-10 it measures
+on the probe set (models/data/probe.py).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from analysis.inputs import (
+from analysis.cli.items import (
     Found,
     Network,
     add_options,
@@ -24,7 +26,7 @@ from analysis.inputs import (
     split_label,
     trained,
 )
-from analysis.outputs import (
+from analysis.cli.outputs import (
     add_page_option,
     as_csv,
     as_images,
@@ -36,7 +38,7 @@ from analysis.outputs import (
     stand_in,
     write_files,
 )
-from analysis.processes import together
+from analysis.measuring.processes import together
 
 if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help does without
     import pandas as pd
@@ -47,7 +49,11 @@ CAPTIONS = (
 )
 PAPER_DEPTHS = [20, 56, 110]
 PAPER_ITERATIONS = 64_000
-MARKS = {"holds": "+", "does not hold": "-", "cannot be judged here": "?"}  # before the sentence of a number
+MARKS = {
+    "holds": "+",
+    "does not hold": "-",
+    "cannot be judged here": "?",
+}  # before the sentence of a number
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,11 +75,27 @@ def make_parser() -> argparse.ArgumentParser:
         "Fig. 7 of He et al., CVPR 2016.",
     )
     add = parser.add_argument
-    add("--depth", type=positive, nargs="+", metavar="N", help="depths of shipped networks (default, where no "
-        "checkpoint is named: 20 56 110)")  # fmt: skip
-    add("--kind", choices=("residual", "plain"), nargs="+", help="kinds of shipped networks (default: both, but for "
-        "plain-110, as in the paper); without any, what the checkpoints are")  # fmt: skip
-    add("--checkpoint", nargs="+", default=[], metavar="[LABEL=]PATH", help="files of trained networks")
+    add(
+        "--depth",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        help="depths of shipped networks (default, where no checkpoint is named: 20 56 110)",
+    )
+    add(
+        "--kind",
+        choices=("residual", "plain"),
+        nargs="+",
+        help="kinds of shipped networks (default: both, but for "
+        "plain-110, as in the paper); without any, what the checkpoints are",
+    )
+    add(
+        "--checkpoint",
+        nargs="+",
+        default=[],
+        metavar="[LABEL=]PATH",
+        help="files of trained networks",
+    )
     add_options(parser, both=True)
     add_page_option(parser)
     add("--no-paper", action="store_true", help="leave out the paper's own curves")
@@ -84,9 +106,9 @@ def run(args: argparse.Namespace) -> None:
     """Measure, print and write. Raises ValueError or OSError, with what to do, for bad input."""
     import pandas as pd
 
-    from analysis.inputs import prepare
+    from analysis.cli.items import prepare
+    from analysis.measuring.networks import measure_all, measure_blocks
     from analysis.paper import curves, judge
-    from analysis.sources import measure_all, measure_blocks
     from plots import draw_decomposition, draw_fig7
 
     with together():
@@ -103,14 +125,20 @@ def run(args: argparse.Namespace) -> None:
         part.attrs.clear()
     frame = pd.concat(frames, ignore_index=True)
     iterations = {network.label: trained(network.checkpoint) for network in plan.networks}
-    claims = judge(frame[frame["source"] == plan.sources[0]], measure_blocks(args, plan), iterations)
+    claims = judge(
+        frame[frame["source"] == plan.sources[0]], measure_blocks(args, plan), iterations
+    )
     note = "\n".join(filter(None, (short_runs(plan.networks), stand_in(provenance))))
     figures = {
         "fig7": draw_fig7(frame, None if args.no_paper else curves(), note=note),
         "decomposition": draw_decomposition(frame),
     }
     note_stand_in([figures["decomposition"]], provenance)
-    files = {"responses.csv": as_csv(frame), "claims.csv": as_csv(claims), "responses.json": as_json(provenance)}
+    files = {
+        "responses.csv": as_csv(frame),
+        "claims.csv": as_csv(claims),
+        "responses.json": as_json(provenance),
+    }
     for name, figure in figures.items():
         files |= as_images(name, figure, args.format)
     if args.html:
@@ -160,9 +188,7 @@ def not_shipped(name: str, kind: str, depth: int) -> str:
     except ValueError as error:
         return f"--depth {depth}: {error}"
     shipped = ", ".join(zoo.shipped()) or "none"
-    return (
-        f"{name} is not shipped (there are: {shipped}); python -m models.train --depth {depth} --kind {kind} makes it"
-    )
+    return f"{name} is not shipped (there are: {shipped}); python -m models.train --depth {depth} --kind {kind} makes it"
 
 
 def find_checkpoints(args: argparse.Namespace) -> list[Found]:
@@ -172,7 +198,9 @@ def find_checkpoints(args: argparse.Namespace) -> list[Found]:
 
 
 def short_runs(networks: list[Network]) -> str:
-    """Which networks were trained for less than the paper's number of iterations, in words for the figure."""
+    """Which networks were trained for less than the paper's number of iterations, in words for the
+    figure.
+    """
     from plots.style import display_name
 
     lengths: dict[int, list[str]] = {}
@@ -214,7 +242,7 @@ def print_table(frames: list[pd.DataFrame], accuracies: list[float | None]) -> N
 
 def print_differences(frame: pd.DataFrame) -> None:
     """How far the closed form is from what hooks measured, network by network."""
-    from analysis.frame import relative_difference
+    from analysis.measuring.frame import relative_difference
 
     print("\nThe closed form against hooks, relative differences of std:")
     for network, layers in frame.groupby("network", sort=False):

@@ -1,4 +1,6 @@
-"""Residual networks and their plain counterparts, the data they are trained on, and the files they are kept in."""
+"""Residual networks and their plain counterparts, the data they are trained on, and the files they
+are kept in.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from models.batchnorm import closed_form
-    from models.checkpoints import load
+    from models.checkpoints.loading import load
     from models.resnet import build
 
 if sys.argv[:1] == ["-m"]:  # python -m models.x or analysis.x begins, and its imports take seconds
@@ -17,11 +19,17 @@ if sys.argv[:1] == ["-m"]:  # python -m models.x or analysis.x begins, and its i
 
 __all__ = ["build", "closed_form", "load"]
 
-HOMES = {"build": "models.resnet", "closed_form": "models.batchnorm", "load": "models.checkpoints"}
+HOMES = {
+    "build": "models.resnet",
+    "closed_form": "models.batchnorm",
+    "load": "models.checkpoints.loading",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for: torch takes seconds, and --help does not need it."""
+    """Import what is asked for when it is asked for: torch takes seconds, and --help does not need
+    it.
+    """
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

@@ -20,10 +20,11 @@ LEFT = f".*-{RANDOM}.*"  # matches the names of temporary files
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path`, which takes its place at the end of the block, unless the block raises.
+    """A temporary name beside `path`, which takes its place at the end of the block, unless the
+    block raises.
 
-    The folder is made where there is none, and what processes that were killed have left of `path` is removed. Raises
-    OSError where it cannot be written.
+    The folder is made where there is none, and what processes that were killed have left of `path`
+    is removed. Raises OSError where it cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,12 +14,19 @@ from types import FrameType, TracebackType
 from typing import NoReturn
 
 LENGTH = 800  # characters
-SHORT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")  # torch's words
+SHORT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "ALLOC_FAILED",
+)  # torch's words
 ROOM = "take another device, fewer images at a time, a smaller network, or end other programs"  # where memory is short
 
 
 def one_line(error: BaseException | str) -> str:
-    """The message of an error without line breaks and control characters, cut in the middle where it is very long."""
+    """The message of an error without line breaks and control characters, cut in the middle where
+    it is very long.
+    """
     words = " ".join(str(error).split())
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
     half = LENGTH // 2
@@ -27,14 +34,18 @@ def one_line(error: BaseException | str) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is short: torch's CPU allocator has no class of its own for that."""
+    """Whether an error says that memory is short: torch's CPU allocator has no class of its own for
+    that.
+    """
     if isinstance(error, MemoryError):
         return True
     if not isinstance(error, RuntimeError):
         return False
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in SHORT_OF_MEMORY)
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in SHORT_OF_MEMORY
+    )
 
 
 def out_of_memory(error: BaseException, advice: str = ROOM) -> str:
@@ -48,7 +59,9 @@ def does_not_run(error: BaseException) -> str:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name can stand in a line and in a table: it is printable, and no formula for a spreadsheet."""
+    """Whether a name can stand in a line and in a table: it is printable, and no formula for a
+    spreadsheet.
+    """
     return name.isprintable() and not name.startswith(("=", "+", "-", "@"))
 
 
@@ -61,10 +74,11 @@ def report(error: BaseException | str) -> int:
 
 
 def answer_interrupts() -> None:
-    """For a command that begins: Ctrl-C where no `except` of ours is, as in imports, is one line and status 130 too.
+    """For a command that begins: Ctrl-C where no `except` of ours is, as in imports, is one line
+    and status 130 too.
 
-    In the middle of an import the process ends at once: there is nothing to clean up, and torch's modules swallow a
-    KeyboardInterrupt, or make another error of it.
+    In the middle of an import the process ends at once: there is nothing to clean up, and torch's
+    modules swallow a KeyboardInterrupt, or make another error of it.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -72,12 +86,16 @@ def answer_interrupts() -> None:
             end("interrupted", 130)
         raise KeyboardInterrupt
 
-    def answer(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    def answer(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
         if issubclass(kind, KeyboardInterrupt):
             end("interrupted", 130)
         sys.__excepthook__(kind, error, traceback)
 
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # what a script starts with & is not meant
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # what a script starts with & is not meant
         return
     signal.signal(signal.SIGINT, interrupt)
     sys.excepthook = answer
@@ -85,7 +103,9 @@ def answer_interrupts() -> None:
 
 
 def is_importing(frame: FrameType | None) -> bool:
-    """Whether a signal came in the middle of an import, where what a handler raises may be swallowed."""
+    """Whether a signal came in the middle of an import, where what a handler raises may be
+    swallowed.
+    """
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True

@@ -6,11 +6,12 @@
     >>> sum(p.numel() for p in build("resnet-18").parameters())  # ImageNet, Table 1
     11689512
 
-He et al. (CVPR 2016). CIFAR-10, section 4.2: a 3x3 convolution, three stages of n blocks of two 3x3 convolutions with
-16, 32 and 64 channels on maps of 32, 16 and 8 pixels, global average pooling and a classifier: 6n + 2 layers with
-weights. ImageNet, Table 1: a 7x7 convolution and max pooling, four stages of basic or bottleneck blocks, 18 to 152
-layers. A plain network is the same network without the shortcuts. The keys of the state dict are torchvision's (conv1,
-bn1, layer1.0.conv1, downsample.0, fc).
+He et al. (CVPR 2016). CIFAR-10, section 4.2: a 3x3 convolution, three stages of n blocks of two 3x3
+convolutions with 16, 32 and 64 channels on maps of 32, 16 and 8 pixels, global average pooling and
+a classifier: 6n + 2 layers with weights. ImageNet, Table 1: a 7x7 convolution and max pooling, four
+stages of basic or bottleneck blocks, 18 to 152 layers. A plain network is the same network without
+the shortcuts. The keys of the state dict are torchvision's (conv1, bn1, layer1.0.conv1,
+downsample.0, fc).
 
     python -m models.resnet resnet-34 --input 5 3 224 224
 
@@ -31,11 +32,25 @@ from torch import Tensor, nn
 
 from models.messages import report
 
-KINDS = {"resnet": "residual", "plain": "plain"}  # the first word of a name -> the kind of the network
-WIDTHS = {"cifar": (16, 32, 64), "imagenet": (64, 128, 256, 512)}  # channels of the 3x3 convolutions, by stage
+KINDS = {
+    "resnet": "residual",
+    "plain": "plain",
+}  # the first word of a name -> the kind of the network
+WIDTHS = {
+    "cifar": (16, 32, 64),
+    "imagenet": (64, 128, 256, 512),
+}  # channels of the 3x3 convolutions, by stage
 SIZES = {"cifar": 32, "imagenet": 224}  # pixels on a side of the images
-BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}  # Table 1
-TABLE_1_DEPTHS = tuple(BLOCKS)  # resnet-50 means the ImageNet network; the CIFAR one is cifar-resnet-50
+BLOCKS = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}  # Table 1
+TABLE_1_DEPTHS = tuple(
+    BLOCKS
+)  # resnet-50 means the ImageNet network; the CIFAR one is cifar-resnet-50
 BOTTLENECK_DEPTH = 50  # from here on blocks are bottlenecks
 MOST_CLASSES = 10**9  # sizes of tensors overflow beyond some 10^15
 OPTIONS = {
@@ -51,12 +66,13 @@ OPTIONS = {
 class Config:
     """What a network is: everything that is needed to make it again.
 
-    kind: `residual` or `plain`. depth: layers with weights; 6n + 2, or one of Table 1. shortcut: `A` (no parameters:
-    strided identity and channels of zeros), `B` (1x1 convolution and BN where the shape changes), `C` (on every
-    shortcut). padding: where option A puts the channels of zeros, half before and half after (`both`) or all `after`.
-    classes: outputs. images: `cifar` (32x32) or `imagenet` (224x224). stride: which convolution of a bottleneck makes
-    the map smaller, the first `1x1` (the paper) or the `3x3` (v1.5, as torchvision has it). Shortcut and padding have
-    no meaning for a plain network, stride only for bottlenecks.
+    kind: `residual` or `plain`. depth: layers with weights; 6n + 2, or one of Table 1. shortcut:
+    `A` (no parameters: strided identity and channels of zeros), `B` (1x1 convolution and BN where
+    the shape changes), `C` (on every shortcut). padding: where option A puts the channels of zeros,
+    half before and half after (`both`) or all `after`. classes: outputs. images: `cifar` (32x32) or
+    `imagenet` (224x224). stride: which convolution of a bottleneck makes the map smaller, the first
+    `1x1` (the paper) or the `3x3` (v1.5, as torchvision has it). Shortcut and padding have no
+    meaning for a plain network, stride only for bottlenecks.
     """
 
     kind: str
@@ -80,17 +96,24 @@ class Config:
     @property
     def block(self) -> type[BasicBlock | Bottleneck]:
         """The class of the blocks."""
-        return Bottleneck if self.images == "imagenet" and self.depth >= BOTTLENECK_DEPTH else BasicBlock
+        return (
+            Bottleneck
+            if self.images == "imagenet" and self.depth >= BOTTLENECK_DEPTH
+            else BasicBlock
+        )
 
 
 def network_name(kind: str, depth: int, images: str = "cifar") -> str:
-    """`resnet-56` or `plain-20` for a kind and a depth; `cifar-resnet-50` where the short name is one of Table 1."""
+    """`resnet-56` or `plain-20` for a kind and a depth; `cifar-resnet-50` where the short name is
+    one of Table 1.
+    """
     word = next(word for word, meaning in KINDS.items() if meaning == kind)
     return f"{'cifar-' if images == 'cifar' and depth in TABLE_1_DEPTHS else ''}{word}-{depth}"
 
 
 def parse_name(name: str) -> Config:
-    """The network that a name means: one of Table 1 with option B for `resnet-50`, CIFAR-10's for `cifar-resnet-50`.
+    """The network that a name means: one of Table 1 with option B for `resnet-50`, CIFAR-10's for
+    `cifar-resnet-50`.
 
     Raises ValueError, naming what is allowed, for any other name.
     """
@@ -123,15 +146,21 @@ def check(config: Config) -> None:
     """ValueError if there is no such network."""
     for option, values in OPTIONS.items():
         if getattr(config, option) not in values:
-            raise ValueError(f"unknown {option} {getattr(config, option)!r}: one of {', '.join(values)}")
+            raise ValueError(
+                f"unknown {option} {getattr(config, option)!r}: one of {', '.join(values)}"
+            )
     if not 1 <= config.classes <= MOST_CLASSES:
         raise ValueError(f"classes must be 1 to {MOST_CLASSES:,}, not {config.classes}")
     if config.images == "cifar":
         check_depth(config.depth)
     elif config.depth not in TABLE_1_DEPTHS:
-        raise ValueError(f"Table 1 has no network of {config.depth} layers: {', '.join(map(str, TABLE_1_DEPTHS))}")
+        raise ValueError(
+            f"Table 1 has no network of {config.depth} layers: {', '.join(map(str, TABLE_1_DEPTHS))}"
+        )
     elif config.kind == "plain" and config.block is Bottleneck:
-        raise ValueError(f"the paper has no plain network of {config.depth} layers for ImageNet: plain-18, plain-34")
+        raise ValueError(
+            f"the paper has no plain network of {config.depth} layers for ImageNet: plain-18, plain-34"
+        )
 
 
 def config_of(network: nn.Module) -> Config | None:
@@ -141,23 +170,33 @@ def config_of(network: nn.Module) -> Config | None:
 
 
 def build(
-    name: str, *, shortcut: str | None = None, padding: str = "both", classes: int | None = None, stride: str = "1x1"
+    name: str,
+    *,
+    shortcut: str | None = None,
+    padding: str = "both",
+    classes: int | None = None,
+    stride: str = "1x1",
 ) -> ResNet:
-    """Make the named network, freshly initialised (He et al., ICCV 2015) from torch's global random state.
+    """Make the named network, freshly initialised (He et al., ICCV 2015) from torch's global random
+    state.
 
-    name: `resnet-DEPTH` or `plain-DEPTH`; with 18, 34, 50, 101 or 152 layers a network for ImageNet (plain: 18 and 34),
-    else with 6n + 2 (20, 32, 44, 56, 110, 1202, ...) one for CIFAR-10, or the long form `cifar-resnet-DEPTH`. The rest:
-    see `Config`; by default option A and 10 classes for CIFAR-10, option B and 1,000 classes for ImageNet. Returns a
-    network that maps images (N, 3, 32, 32) or (N, 3, 224, 224) to logits (N, classes). Raises ValueError for a name or
-    an option that does not exist.
+    name: `resnet-DEPTH` or `plain-DEPTH`; with 18, 34, 50, 101 or 152 layers a network for ImageNet
+    (plain: 18 and 34), else with 6n + 2 (20, 32, 44, 56, 110, 1202, ...) one for CIFAR-10, or the
+    long form `cifar-resnet-DEPTH`. The rest: see `Config`; by default option A and 10 classes for
+    CIFAR-10, option B and 1,000 classes for ImageNet. Returns a network that maps images (N, 3, 32,
+    32) or (N, 3, 224, 224) to logits (N, classes). Raises ValueError for a name or an option that
+    does not exist.
     """
     options = {"shortcut": shortcut, "padding": padding, "classes": classes, "stride": stride}
-    given: dict[str, Any] = {option: value for option, value in options.items() if value is not None}
+    given: dict[str, Any] = {
+        option: value for option, value in options.items() if value is not None
+    }
     return ResNet(replace(parse_name(name), **given))
 
 
 def stages(depth: int, in_channels: int) -> nn.Sequential:
-    """The four stages of a residual network of Table 1 alone: (N, in_channels, H, W) -> (N, 512 or 2048, H/8, W/8).
+    """The four stages of a residual network of Table 1 alone: (N, in_channels, H, W) -> (N, 512 or
+    2048, H/8, W/8).
 
     ValueError, naming the five depths, for any other.
     """
@@ -167,7 +206,9 @@ def stages(depth: int, in_channels: int) -> nn.Sequential:
 
 
 class PadShortcut(nn.Module):
-    """Option A: every second pixel where the map shrinks, and channels of zeros where there are more of them."""
+    """Option A: every second pixel where the map shrinks, and channels of zeros where there are
+    more of them.
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int, padding: str) -> None:
         super().__init__()
@@ -177,11 +218,15 @@ class PadShortcut(nn.Module):
         self.pad = (0, 0, 0, 0, before, extra - before)  # (W, W, H, H, C before, C after)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, :: self.stride, :: self.stride], self.pad)  # (N, C_in, H, W) -> (N, C, H/s, W/s)
+        return F.pad(
+            x[:, :, :: self.stride, :: self.stride], self.pad
+        )  # (N, C_in, H, W) -> (N, C, H/s, W/s)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with BN; the shortcut `downsample` is added where there is one (a plain block has none)."""
+    """Two 3x3 convolutions with BN; the shortcut `downsample` is added where there is one (a plain
+    block has none).
+    """
 
     expansion = 1  # channels that come out, in widths
 
@@ -200,7 +245,9 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A 3x3 convolution between two of 1x1, which make the channels fewer and then four times as many."""
+    """A 3x3 convolution between two of 1x1, which make the channels fewer and then four times as
+    many.
+    """
 
     expansion = 4
 
@@ -227,7 +274,9 @@ def conv(in_channels: int, channels: int, kernel: int, stride: int = 1) -> nn.Co
 
 
 def make_shortcut(config: Config, in_channels: int, channels: int, stride: int) -> nn.Module | None:
-    """The shortcut of one block: None for a plain one, the identity where nothing changes (but for option C)."""
+    """The shortcut of one block: None for a plain one, the identity where nothing changes (but for
+    option C).
+    """
     if config.kind == "plain":
         return None
     changes = stride != 1 or in_channels != channels
@@ -242,14 +291,18 @@ def make_stages(config: Config, in_channels: int) -> list[nn.Sequential]:
     for index, (blocks, width) in enumerate(zip(config.blocks, WIDTHS[config.images], strict=True)):
         stage = nn.Sequential()
         for position in range(blocks):
-            stage.append(config.block(config, in_channels, width, 2 if index and not position else 1))
+            stage.append(
+                config.block(config, in_channels, width, 2 if index and not position else 1)
+            )
             in_channels = width * config.block.expansion
         result.append(stage)
     return result
 
 
 class ResNet(nn.Module):
-    """A residual network, or its plain counterpart; `config` says which. ValueError for one that does not exist."""
+    """A residual network, or its plain counterpart; `config` says which. ValueError for one that
+    does not exist.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -270,7 +323,9 @@ class ResNet(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))  # (N, 3, H, W) -> (N, 16, H, W) or (N, 64, H/4, W/4)
+        x = self.maxpool(
+            F.relu(self.bn1(self.conv1(x)))
+        )  # (N, 3, H, W) -> (N, 16, H, W) or (N, 64, H/4, W/4)
         for name in self.stages:
             x = getattr(self, name)(x)  # each but the first halves H and W
         x = x.mean((2, 3))  # (N, C)
@@ -283,13 +338,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     from models.summary import table
 
     parser = argparse.ArgumentParser(
-        prog="python -m models.resnet", description="Output shapes, parameters and multiply-adds of a network."
+        prog="python -m models.resnet",
+        description="Output shapes, parameters and multiply-adds of a network.",
     )
     add = parser.add_argument
-    add("name", help="resnet-DEPTH or plain-DEPTH: 6n + 2 layers for CIFAR-10, 18, 34, 50, 101 or 152 for ImageNet")
-    add("--input", type=int, nargs=4, metavar=("N", "C", "H", "W"), help="default: 1 3 32 32 or 1 3 224 224")
+    add(
+        "name",
+        help="resnet-DEPTH or plain-DEPTH: 6n + 2 layers for CIFAR-10, 18, 34, 50, 101 or 152 for ImageNet",
+    )
+    add(
+        "--input",
+        type=int,
+        nargs=4,
+        metavar=("N", "C", "H", "W"),
+        help="default: 1 3 32 32 or 1 3 224 224",
+    )
     add("--shortcut", choices=OPTIONS["shortcut"], help="default: A for CIFAR-10, B for ImageNet")
-    add("--stride", choices=OPTIONS["stride"], default="1x1", help="in a bottleneck (default: 1x1, as in the paper)")
+    add(
+        "--stride",
+        choices=OPTIONS["stride"],
+        default="1x1",
+        help="in a bottleneck (default: 1x1, as in the paper)",
+    )
     add("--classes", type=int, help="default: 10 or 1000")
     args = parser.parse_args(argv)
     try:

@@ -1,8 +1,10 @@
-"""Train the paper's CIFAR-10 networks by the paper's recipe. Killed at any moment, the same command goes on.
+"""Train the paper's CIFAR-10 networks by the paper's recipe. Killed at any moment, the same command
+goes on.
 
     python -m models.train --depth 20 --kind residual --data path/to/cifar10 --out runs
 
-models.recipe holds what is trained and how, models.training what is kept in a run's folder.
+models.training.recipe holds what is trained and how, models.training.loop what is kept in a run's
+folder.
 """
 
 from __future__ import annotations
@@ -18,19 +20,21 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from models.messages import end, is_importing, is_out_of_memory, one_line, out_of_memory
-from models.recipe import DECAY, WARM_UP_DEPTH, Fault, Recipe
+from models.training.recipe import DECAY, WARM_UP_DEPTH, Fault, Recipe
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help does not need it: functions import it
-    from models.cifar10 import Cifar10
+    from models.data.cifar10 import Cifar10
 
 KEPT = "what was saved stays, and the same command goes on from there"
 LARGEST_SEED = 2**64 - 1  # torch's
 
 
 @contextmanager
-def answered(answer: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> Iterator[None]:
-    """Answer these signals in this way, but for those that are ignored: a script's Ctrl-C does not mean what it put
-    into the background.
+def answered(
+    answer: Callable[[int, FrameType | None], None], *numbers: signal.Signals
+) -> Iterator[None]:
+    """Answer these signals in this way, but for those that are ignored: a script's Ctrl-C does not
+    mean what it put into the background.
     """
     heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, answer) for number in heard}
@@ -67,7 +71,7 @@ def signals() -> Iterator[Callable[[], int]]:
 
 def load_data(path: Path | None) -> tuple[Cifar10, Cifar10]:
     """The training and the test images. Fault unless they are complete and exact."""
-    from models import cifar10
+    from models.data import cifar10
 
     try:
         train, test = cifar10.load(path, "train"), cifar10.load(path, "test")
@@ -83,14 +87,19 @@ def choose_device(name: str) -> str:
     import torch
 
     if name not in ("auto", "cpu", "cuda"):
-        raise Fault(f"--device {name}: unknown; one of auto, cpu, cuda (CUDA_VISIBLE_DEVICES says which GPU)", 2)
+        raise Fault(
+            f"--device {name}: unknown; one of auto, cpu, cuda (CUDA_VISIBLE_DEVICES says which GPU)",
+            2,
+        )
     if name == "cuda" and not torch.cuda.is_available():
         raise Fault("--device cuda: torch finds no GPU here; --device cpu trains without one", 2)
     return "cuda" if torch.cuda.is_available() and name != "cpu" else "cpu"
 
 
 def choose_precision(name: str, device: str) -> str:
-    """bfloat16 where the device computes in it; where it is emulated it is many times slower than float32."""
+    """bfloat16 where the device computes in it; where it is emulated it is many times slower than
+    float32.
+    """
     import torch
 
     if name != "auto":
@@ -103,7 +112,9 @@ def choose_precision(name: str, device: str) -> str:
 
 
 def recipes(args: argparse.Namespace) -> list[Recipe]:
-    """The runs that the command asks for; without --kind no plain network as deep as plain-110, as in Fig. 7."""
+    """The runs that the command asks for; without --kind no plain network as deep as plain-110, as
+    in Fig. 7.
+    """
     from models.resnet import check_depth
 
     for option, values, least in (
@@ -121,7 +132,12 @@ def recipes(args: argparse.Namespace) -> list[Recipe]:
         except ValueError as error:
             raise Fault(f"--depth {depth}: {error}", 2) from error
     device = choose_device(args.device)
-    common = {"iterations": args.iterations, "decay": args.decay, "snapshots": args.snapshots, "device": device}
+    common = {
+        "iterations": args.iterations,
+        "decay": args.decay,
+        "snapshots": args.snapshots,
+        "device": device,
+    }
     common["precision"] = choose_precision(args.precision, device)
     return [
         Recipe(kind, depth, seed=seed, warm_up=args.warm_up and depth < WARM_UP_DEPTH, **common)
@@ -134,7 +150,7 @@ def recipes(args: argparse.Namespace) -> list[Recipe]:
 
 def train_all(args: argparse.Namespace) -> None:
     """Train what is asked for, one after another, but for what is finished."""
-    from models import training
+    from models.training import loop as training
 
     data = functools.cache(load_data)
     wanted = recipes(args)
@@ -161,17 +177,49 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "goes on where it was, a finished one is skipped.",
     )
     add = parser.add_argument
-    add("--depth", type=int, nargs="+", default=[20, 56, 110], metavar="N", help="6n + 2 layers (20 56 110)")
+    add(
+        "--depth",
+        type=int,
+        nargs="+",
+        default=[20, 56, 110],
+        metavar="N",
+        help="6n + 2 layers (20 56 110)",
+    )
     add("--kind", nargs="+", choices=("residual", "plain"), help="default: both, but for plain-110")
     add("--out", type=Path, default=Path("runs"), help="folder of the runs' folders (runs)")
-    add("--data", type=Path, metavar="PATH", help="CIFAR-10, in any layout; otherwise it is looked for, or downloaded")
+    add(
+        "--data",
+        type=Path,
+        metavar="PATH",
+        help="CIFAR-10, in any layout; otherwise it is looked for, or downloaded",
+    )
     add("--iterations", type=int, default=64_000, metavar="N", help="of 128 images (64000)")
-    add("--decay", choices=DECAY, default="weights", help="weights (default): not BN's gamma and beta")
-    add("--warm-up", action="store_true", help="at 0.01 until the error is below 80 %%, as 110 layers always do")
+    add(
+        "--decay",
+        choices=DECAY,
+        default="weights",
+        help="weights (default): not BN's gamma and beta",
+    )
+    add(
+        "--warm-up",
+        action="store_true",
+        help="at 0.01 until the error is below 80 %%, as 110 layers always do",
+    )
     add("--seed", type=int, nargs="+", default=[0], metavar="N", help="(0)")
     add("--device", default="auto", help="auto, cpu or cuda")
-    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 where native")
-    add("--snapshots", type=int, default=9, metavar="K", help="kept networks, first and last included (9)")
+    add(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="auto: bfloat16 where native",
+    )
+    add(
+        "--snapshots",
+        type=int,
+        default=9,
+        metavar="K",
+        help="kept networks, first and last included (9)",
+    )
     add("--debug", action="store_true", help="show where a fault comes from")
     return parser.parse_args(argv)
 
@@ -192,7 +240,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def as_fault(error: BaseException) -> Fault | None:
-    """What the command says of an error, and its exit status; None where nothing but the traceback helps."""
+    """What the command says of an error, and its exit status; None where nothing but the traceback
+    helps.
+    """
     if is_out_of_memory(error):
         return Fault(out_of_memory(error, f"take another device, or end other programs; {KEPT}"), 2)
     if isinstance(error, KeyboardInterrupt):

@@ -11,7 +11,14 @@ if TYPE_CHECKING:
     from plots.fig7 import draw_fig7
     from plots.neighbours import draw_neighbours
 
-__all__ = ["draw_compare", "draw_decomposition", "draw_dynamics", "draw_fig7", "draw_neighbours", "draw_stages"]
+__all__ = [
+    "draw_compare",
+    "draw_decomposition",
+    "draw_dynamics",
+    "draw_fig7",
+    "draw_neighbours",
+    "draw_stages",
+]
 
 HOMES = {
     "draw_compare": "plots.compare",

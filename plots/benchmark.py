@@ -19,10 +19,12 @@ TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100)
 
 
 def draw_benchmark(frame: pd.DataFrame) -> Figure:
-    """One row a way, one mark a network: seconds over those of the plain forward pass, at the width of one column.
+    """One row a way, one mark a network: seconds over those of the plain forward pass, at the width
+    of one column.
 
-    frame: columns network, way, ratio (1 for the plain forward pass; empty for a way that was left out). A line goes
-    through 1. Returns a figure that belongs to no window. Raises ValueError where there is nothing to draw.
+    frame: columns network, way, ratio (1 for the plain forward pass; empty for a way that was left
+    out). A line goes through 1. Returns a figure that belongs to no window. Raises ValueError where
+    there is nothing to draw.
     """
     known = frame.dropna(subset="ratio")
     ways = list(dict.fromkeys(known["way"]))
@@ -35,11 +37,18 @@ def draw_benchmark(frame: pd.DataFrame) -> Figure:
         panel = figure.subplots()
         panel.axvline(1, color="0.6", linewidth=0.6, zorder=0)
         for index, (network, rows) in enumerate(networks):
-            offset = 0.5 * ((index + 0.5) / len(networks) - 0.5)  # side by side where they are alike
+            offset = 0.5 * (
+                (index + 0.5) / len(networks) - 0.5
+            )  # side by side where they are alike
             panel.plot(
-                rows["ratio"], rows["way"].map(ways.index) + offset, MARKERS[index % len(MARKERS)], markersize=3,
-                color=colors[index], label=display_name(str(network)), markeredgewidth=0,
-            )  # fmt: skip
+                rows["ratio"],
+                rows["way"].map(ways.index) + offset,
+                MARKERS[index % len(MARKERS)],
+                markersize=3,
+                color=colors[index],
+                label=display_name(str(network)),
+                markeredgewidth=0,
+            )
         panel.set_xscale("log")
         low, high = min(0.5, 0.9 * known["ratio"].min()), max(2.0, 1.15 * known["ratio"].max())
         panel.set_xlim(low, high)
@@ -51,7 +60,11 @@ def draw_benchmark(frame: pd.DataFrame) -> Figure:
         panel.set_ylim(len(ways) - 0.5, -0.5)
         panel.tick_params(axis="y", length=0)
         figure.legend(
-            loc="outside upper center", ncols=min(5, len(networks)), frameon=False, handletextpad=0.1,
-            columnspacing=0.8, borderpad=0.1,
-        )  # fmt: skip
+            loc="outside upper center",
+            ncols=min(5, len(networks)),
+            frameon=False,
+            handletextpad=0.1,
+            columnspacing=0.8,
+            borderpad=0.1,
+        )
     return figure

@@ -23,16 +23,19 @@ from plots.style import RC, STEEP, WIDTH, display_name, note_computed
 
 WITHIN = "within²: the channels' spread (\N{GREEK SMALL LETTER GAMMA})"
 BETWEEN = "between²: their offsets (\N{GREEK SMALL LETTER BETA})"
-BLUE, ORANGE = sns.color_palette("colorblind")[9], sns.color_palette("colorblind")[3]  # pale, strong: it is the smaller
+BLUE, ORANGE = (
+    sns.color_palette("colorblind")[9],
+    sns.color_palette("colorblind")[3],
+)  # pale, strong: it is the smaller
 
 
 def draw_decomposition(frame: pd.DataFrame) -> Figure:
     """A small panel a network: within^2 and, stacked on it, between^2; the upper edge is std^2.
 
-    frame: columns network, layer, stage, std, within, between, source; of a network with two sources the first one is
-    drawn. All panels share the y axis, but for a network that would make the others flat: it has its own, and says so.
-    Returns a figure that belongs to no window, one column wide for up to four networks. Raises ValueError for an empty
-    frame.
+    frame: columns network, layer, stage, std, within, between, source; of a network with two
+    sources the first one is drawn. All panels share the y axis, but for a network that would make
+    the others flat: it has its own, and says so. Returns a figure that belongs to no window, one
+    column wide for up to four networks. Raises ValueError for an empty frame.
 
     >>> frame = pd.DataFrame({"layer": [1, 2], "std": [5.0, 1.0], "within": [3.0, 0.6], "between": [4.0, 0.8]})
     >>> figure = draw_decomposition(frame.assign(network="resnet-20", stage=1, source="hooks"))
@@ -41,14 +44,18 @@ def draw_decomposition(frame: pd.DataFrame) -> Figure:
     """
     if frame.empty:
         raise ValueError("an empty frame: there is nothing to draw")
-    networks = [(str(name), first_source(rows)) for name, rows in frame.groupby("network", sort=False)]
+    networks = [
+        (str(name), first_source(rows)) for name, rows in frame.groupby("network", sort=False)
+    ]
     columns = math.ceil(math.sqrt(len(networks)))
     rows = math.ceil(len(networks) / columns)
     tops = np.array([float((layers["std"] ** 2).max()) for _, layers in networks])
     usual = np.percentile(tops[tops > 0], 50, method="lower") if tops.any() else 0.0
     common = tops[tops <= STEEP * usual].max() or 1.0
     with mpl.rc_context(RC):
-        figure = Figure(figsize=(WIDTH if columns < 3 else PAGE, 0.6 + 1.3 * rows), layout="constrained")
+        figure = Figure(
+            figsize=(WIDTH if columns < 3 else PAGE, 0.6 + 1.3 * rows), layout="constrained"
+        )
         panels = figure.subplots(rows, columns, squeeze=False).flat
         for panel, (network, layers), top in zip(panels, networks, tops, strict=False):
             draw_stack(panel, layers)
@@ -60,7 +67,9 @@ def draw_decomposition(frame: pd.DataFrame) -> Figure:
         for panel in figure.axes[len(networks) :]:
             panel.remove()
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, handlelength=1.2)
+        figure.legend(
+            handles, labels, loc="outside upper center", ncols=2, frameon=False, handlelength=1.2
+        )
         for panel in figure.axes[-columns:]:  # below them there is none
             panel.set_xlabel("layer index")
         figure.supylabel("std²", fontsize=8)
@@ -82,7 +91,9 @@ def mark_layers(panel: Axes, network: str, layers: pd.DataFrame) -> None:
 
 
 def draw_stack(panel: Axes, layers: pd.DataFrame) -> None:
-    """One network's within^2, and what is missing to std^2 on top of it, with thin lines where a stage begins."""
+    """One network's within^2, and what is missing to std^2 on top of it, with thin lines where a
+    stage begins.
+    """
     within, total = (layers[part].to_numpy(float) ** 2 for part in ("within", "std"))
     edges = np.append(layers["layer"], layers["layer"].max() + 1) - 0.5  # (layers + 1,)
     panel.stairs(within, edges, fill=True, color=BLUE, label=WITHIN)

@@ -22,11 +22,16 @@ from matplotlib.transforms import BboxBase
 from plots.marks import mark, mark_legend
 from plots.style import COMPUTED, RC, WIDTH, columns_of, point_of, scale_std, styles, write_note
 
-BEHIND: dict[str, dict[str, Any]] = {  # curves in a network's colour beside its own, as the legend calls them
+BEHIND: dict[
+    str, dict[str, Any]
+] = {  # curves in a network's colour beside its own, as the legend calls them
     "paper (pale)": {"linewidth": 0.6, "alpha": 0.35},
     "closed form": {"linewidth": 0.8, "dashes": (1.0, 1.0)},
 }
-SPARSE = (1.0, 3.0)  # dashes of a plain network's closed form: it may have the colour of a residual one's
+SPARSE = (
+    1.0,
+    3.0,
+)  # dashes of a plain network's closed form: it may have the colour of a residual one's
 INSIDE, ROWS = 8, 5  # entries and rows of a legend; with more of either it stands above the panels
 ORDERS = ("original", "sorted by magnitude")
 
@@ -34,10 +39,11 @@ ORDERS = ("original", "sorted by magnitude")
 def draw_fig7(frame: pd.DataFrame, paper: pd.DataFrame | None = None, note: str = "") -> Figure:
     """Draw the two panels of the paper's Fig. 7 at the width of one column.
 
-    frame: columns network, kind, depth, layer, std, source; one curve a network, in the order of the frame; where it
-    holds both sources, the closed form is dotted, a plain network's sparsely. paper: columns kind, depth, layer, std;
-    its curves are drawn behind, thin and pale, where the frame has a network of that kind and depth. note: stands below
-    the figure. Returns a figure that belongs to no window. Raises ValueError for an empty frame.
+    frame: columns network, kind, depth, layer, std, source; one curve a network, in the order of
+    the frame; where it holds both sources, the closed form is dotted, a plain network's sparsely.
+    paper: columns kind, depth, layer, std; its curves are drawn behind, thin and pale, where the
+    frame has a network of that kind and depth. note: stands below the figure. Returns a figure that
+    belongs to no window. Raises ValueError for an empty frame.
 
     >>> frame = pd.DataFrame({"layer": [1, 2, 3], "std": [0.5, 1.5, 1.0], "source": "hooks"})
     >>> figure = draw_fig7(frame.assign(network="plain-8", kind="plain", depth=8))
@@ -54,11 +60,17 @@ def draw_fig7(frame: pd.DataFrame, paper: pd.DataFrame | None = None, note: str 
         for panel, order in zip(figure.subplots(2, 1), ORDERS, strict=True):
             shown = draw_paper(panel, frame, paper, look, order)
             for (network, source), layers in frame.groupby(["network", "source"], sort=False):
-                dotted = {"label": None, **BEHIND["closed form"]} if both and source == "batchnorm" else {}
+                dotted = (
+                    {"label": None, **BEHIND["closed form"]}
+                    if both and source == "batchnorm"
+                    else {}
+                )
                 if dotted and layers["kind"].iloc[0] == "plain":
                     dotted["dashes"] = SPARSE
                 index, std, layer = curve(layers, order)
-                [line] = panel.plot(index, std, marker=point_of(index), **look[str(network)] | dotted)
+                [line] = panel.plot(
+                    index, std, marker=point_of(index), **look[str(network)] | dotted
+                )
                 mark(line, str(network), layer)
             behind = [entry for entry, wanted in zip(BEHIND, (shown, both), strict=True) if wanted]
             legend = finish(panel, order, behind)
@@ -71,9 +83,15 @@ def draw_fig7(frame: pd.DataFrame, paper: pd.DataFrame | None = None, note: str 
 
 
 def draw_paper(
-    panel: Axes, frame: pd.DataFrame, paper: pd.DataFrame | None, look: dict[str, dict[str, Any]], order: str
+    panel: Axes,
+    frame: pd.DataFrame,
+    paper: pd.DataFrame | None,
+    look: dict[str, dict[str, Any]],
+    order: str,
 ) -> bool:
-    """Draw the paper's curves of the networks of a frame, in their colours; False if there are none."""
+    """Draw the paper's curves of the networks of a frame, in their colours; False if there are
+    none.
+    """
     networks = frame.drop_duplicates(["kind", "depth"])[["network", "kind", "depth"]].dropna()
     shown = False
     for network, kind, depth in networks.itertuples(index=False):
@@ -82,16 +100,24 @@ def draw_paper(
         layers = paper[(paper["kind"] == kind) & (paper["depth"] == depth)]
         if len(layers):
             index, std, _ = curve(layers, order)
-            [line] = panel.plot(index, std, **look[network] | {"label": None} | BEHIND["paper (pale)"])
+            [line] = panel.plot(
+                index, std, **look[network] | {"label": None} | BEHIND["paper (pale)"]
+            )
             mark(line, network)
             shown = True
     return shown
 
 
-def curve(layers: pd.DataFrame, order: str) -> tuple[pd.Series[int], pd.Series[float], pd.Series[int]]:
-    """Layer indices and stds of one network, in one of the `ORDERS`, and the layer that each point is."""
+def curve(
+    layers: pd.DataFrame, order: str
+) -> tuple[pd.Series[int], pd.Series[float], pd.Series[int]]:
+    """Layer indices and stds of one network, in one of the `ORDERS`, and the layer that each point
+    is.
+    """
     layers = layers.sort_values("layer")
-    points = layers if order == "original" else layers.sort_values("std", ascending=False, kind="stable")
+    points = (
+        layers if order == "original" else layers.sort_values("std", ascending=False, kind="stable")
+    )
     return layers["layer"].astype(int), points["std"], points["layer"].astype(int)
 
 
@@ -107,18 +133,29 @@ def finish(panel: Axes, order: str, behind: list[str]) -> tuple[list[Any], list[
 
 
 def draw_legends(figure: Figure, handles: list[Any], labels: list[str]) -> None:
-    """A legend in the upper right of each panel, with room made for it; a long one stands above the panels."""
-    options: dict[str, Any] = {"borderpad": 0.3, "labelspacing": 0.2, "handlelength": 2.2, "columnspacing": 1.0}
+    """A legend in the upper right of each panel, with room made for it; a long one stands above the
+    panels.
+    """
+    options: dict[str, Any] = {
+        "borderpad": 0.3,
+        "labelspacing": 0.2,
+        "handlelength": 2.2,
+        "columnspacing": 1.0,
+    }
     beside = min(2, columns_of(labels, WIDTH - 0.5)) if len(labels) > 4 else 1
     if len(labels) > INSIDE or len(labels) > ROWS * beside:
         columns = columns_of(labels, WIDTH)
         figure.set_figheight(figure.get_figheight() + 0.12 * math.ceil(len(labels) / columns))
-        legend = figure.legend(handles, labels, loc="outside upper center", ncols=columns, **options)
+        legend = figure.legend(
+            handles, labels, loc="outside upper center", ncols=columns, **options
+        )
         legend.get_frame().set_linewidth(0.4)
         mark_legend(legend, handles)
         return
     for panel in figure.axes:
-        legend = panel.legend(handles, labels, loc="upper right", ncols=beside, borderaxespad=0.2, **options)
+        legend = panel.legend(
+            handles, labels, loc="upper right", ncols=beside, borderaxespad=0.2, **options
+        )
         legend.set_in_layout(False)
         legend.get_frame().set_linewidth(0.4)
         mark_legend(legend, handles)
@@ -129,7 +166,9 @@ def draw_legends(figure: Figure, handles: list[Any], labels: list[str]) -> None:
 
 
 def make_room(panel: Axes, box: BboxBase) -> None:
-    """Raise the upper end of the axis until no curve runs through the box, which is in shares of the panel."""
+    """Raise the upper end of the axis until no curve runs through the box, which is in shares of
+    the panel.
+    """
     scale = panel.yaxis.get_transform()
     bottom, top = scale.transform(np.array(panel.get_ylim()))
     left, right = panel.get_xlim()

@@ -1,4 +1,5 @@
-"""Which network a drawn artist shows, and which layer each of its points is: what a page needs to react to it.
+"""Which network a drawn artist shows, and which layer each of its points is: what a page needs to
+react to it.
 
     [line] = panel.plot(layers["layer"], layers["std"])
     mark(line, "resnet-56", layers["layer"])
@@ -21,7 +22,8 @@ ATTRIBUTE = "layer_responses_mark"  # on the artist: it lives, is copied and is 
 
 @dataclass(frozen=True)
 class Mark:
-    """An artist's network, as the frame calls it, and for a line with points to look at the layer of each of them.
+    """An artist's network, as the frame calls it, and for a line with points to look at the layer
+    of each of them.
 
     iterations: likewise, or nothing where a point is not of one iteration.
     """
@@ -37,17 +39,23 @@ class Mark:
         return list(zip(*columns, strict=True))
 
 
-def mark(artist: Artist, network: str, layers: Iterable[int] = (), iterations: Iterable[int] = ()) -> None:
-    """Say that an artist (a line, a band, a whole panel) shows a network: a page switches it on and off with it.
+def mark(
+    artist: Artist, network: str, layers: Iterable[int] = (), iterations: Iterable[int] = ()
+) -> None:
+    """Say that an artist (a line, a band, a whole panel) shows a network: a page switches it on and
+    off with it.
 
-    layers: of a Line2D, which may be invisible: one layer a point, in the order of its points; a page shows these
-    layers' rows of its table when one looks at a point. iterations: likewise, where the table has rows for several.
+    layers: of a Line2D, which may be invisible: one layer a point, in the order of its points; a
+    page shows these layers' rows of its table when one looks at a point. iterations: likewise,
+    where the table has rows for several.
     """
     setattr(artist, ATTRIBUTE, Mark(network, tuple(map(int, layers)), tuple(map(int, iterations))))
 
 
 def mark_legend(legend: Legend, handles: Iterable[Artist]) -> None:
-    """Give a legend's lines and texts the networks of the artists (its `handles`, in this order) they stand for."""
+    """Give a legend's lines and texts the networks of the artists (its `handles`, in this order)
+    they stand for.
+    """
     for handle, line, text in zip(handles, legend.legend_handles, legend.get_texts(), strict=True):
         shown = getattr(handle, ATTRIBUTE, None)
         if shown is not None and line is not None:
@@ -57,4 +65,7 @@ def mark_legend(legend: Legend, handles: Iterable[Artist]) -> None:
 
 def marked(figure: Figure) -> list[tuple[Artist, Mark]]:
     """The marked artists of a figure, panel by panel, in the order in which they were drawn."""
-    return [(artist, getattr(artist, ATTRIBUTE)) for artist in figure.findobj(lambda item: hasattr(item, ATTRIBUTE))]
+    return [
+        (artist, getattr(artist, ATTRIBUTE))
+        for artist in figure.findobj(lambda item: hasattr(item, ATTRIBUTE))
+    ]

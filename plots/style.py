@@ -23,7 +23,10 @@ STEEP = 8  # times the median of all, or the highest point of another curve: fro
 
 # For drawing and for saving: the last three lines take effect in savefig.
 RC: Any = {
-    "font.family": ["STIXGeneral", "serif"],  # a Times that comes with matplotlib; a viewer of SVG may lack it
+    "font.family": [
+        "STIXGeneral",
+        "serif",
+    ],  # a Times that comes with matplotlib; a viewer of SVG may lack it
     "mathtext.fontset": "stix",
     "font.size": 8,
     "axes.labelsize": 8,
@@ -53,13 +56,16 @@ RC: Any = {
 def styles(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """Line properties (label, color, dashes) of every network of a frame.
 
-    A network gets the paper's colour for its depth, unless another one of the frame has that colour and kind already.
+    A network gets the paper's colour for its depth, unless another one of the frame has that colour
+    and kind already.
     """
     networks = frame.drop_duplicates("network")[["network", "kind", "depth"]]
     taken: set[tuple[Any, str]] = set()
     result: dict[str, dict[str, Any]] = {}
     for network, kind, depth in networks.itertuples(index=False):
-        color = PAPER_COLORS.get(depth) if kind in ("residual", "plain") and pd.notna(depth) else None
+        color = (
+            PAPER_COLORS.get(depth) if kind in ("residual", "plain") and pd.notna(depth) else None
+        )
         if (color, kind) in taken:
             color = None
         taken.add((color, kind))
@@ -80,12 +86,16 @@ def distinct_colors(count: int) -> Sequence[Any]:
 
 
 def display_name(network: str) -> str:
-    """ResNet-56 for resnet-56, as in the paper's legend; any other label as it is, whatever matplotlib means by it."""
+    """ResNet-56 for resnet-56, as in the paper's legend; any other label as it is, whatever
+    matplotlib means by it.
+    """
     name = network.replace("resnet-", "ResNet-", 1) if network.startswith("resnet-") else network
     if len(name) > LONGEST:
         name = f"{name[: LONGEST // 2]}\N{HORIZONTAL ELLIPSIS}{name[1 - LONGEST // 2 :]}"
     name = name.replace("$", r"\$")  # no formula
-    return f" {name}" if name.startswith("_") else name  # matplotlib leaves out labels with an underscore
+    return (
+        f" {name}" if name.startswith("_") else name
+    )  # matplotlib leaves out labels with an underscore
 
 
 def point_of(points: Any) -> str:
@@ -95,12 +105,20 @@ def point_of(points: Any) -> str:
 
 def columns_of(labels: Sequence[str], width: float) -> int:
     """How many columns of such labels fit side by side into so many inches, five at most."""
-    return max(1, min(5, len(labels), int(72 * width / (34 + 3.2 * max(map(len, labels))))))  # a line and its label
+    return max(
+        1, min(5, len(labels), int(72 * width / (34 + 3.2 * max(map(len, labels)))))
+    )  # a line and its label
 
 
 def scale_std(panel: Axes, curves: Sequence[Any]) -> None:
-    """Make the axis of stds logarithmic where on a linear one a steep curve would make all others a flat line."""
-    stds = [std[std > 0] for std in (np.asarray(curve, dtype=float) for curve in curves) if (std > 0).any()]
+    """Make the axis of stds logarithmic where on a linear one a steep curve would make all others a
+    flat line.
+    """
+    stds = [
+        std[std > 0]
+        for std in (np.asarray(curve, dtype=float) for curve in curves)
+        if (std > 0).any()
+    ]
     highest = [std.max() for std in stds]
     if stds and max(highest) > STEEP * min(np.median(np.concatenate(stds)), *highest):
         panel.set_yscale("log")
@@ -114,16 +132,24 @@ def scale_std(panel: Axes, curves: Sequence[Any]) -> None:
 
 
 def note_computed(figure: Figure, networks: Any, sources: Any) -> None:
-    """Say below a figure which of its networks are computed, where it does not show: networks and sources by row."""
+    """Say below a figure which of its networks are computed, where it does not show: networks and
+    sources by row.
+    """
     computed = np.asarray(sources) == "batchnorm"
     names = dict.fromkeys(np.asarray(networks)[computed]) if not computed.all() else ()
     if computed.any():
-        write_note(figure, f"{', '.join(display_name(name) for name in names)}: {COMPUTED}" if names else COMPUTED)
+        write_note(
+            figure,
+            f"{', '.join(display_name(name) for name in names)}: {COMPUTED}" if names else COMPUTED,
+        )
 
 
 def write_note(figure: Figure, note: str) -> None:
     """Write a note below a figure, under those that stand there, in lines that are no wider."""
     wide = int(72 * figure.get_figwidth() / 2.8)  # characters
-    lines = [*figure.get_supxlabel().splitlines(), *(part for line in note.splitlines() for part in wrap(line, wide))]
+    lines = [
+        *figure.get_supxlabel().splitlines(),
+        *(part for line in note.splitlines() for part in wrap(line, wide)),
+    ]
     with mpl.rc_context(RC):
         figure.supxlabel("\n".join(lines), fontsize=6.5, style="italic")

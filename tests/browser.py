@@ -1,4 +1,6 @@
-"""A real headless Chromium, spoken to in its DevTools protocol over a pipe: clicks, keys, screenshots, errors."""
+"""A real headless Chromium, spoken to in its DevTools protocol over a pipe: clicks, keys,
+screenshots, errors.
+"""
 
 import base64
 import fcntl
@@ -30,7 +32,9 @@ PATIENCE = 120  # seconds for one answer: on a busy machine Chromium starts slow
 
 def find_chromium():
     """Where it is installed, or None."""
-    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    return next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
 
 
 def make_pipe():
@@ -49,7 +53,15 @@ class Browser:
         theirs_in, self.writes = make_pipe()
         self.reads, theirs_out = make_pipe()
         ends = (theirs_in, theirs_out)
-        words = [sys.executable, "-c", LAUNCH, *map(str, ends), program, *OPTIONS, f"--user-data-dir={folder}"]
+        words = [
+            sys.executable,
+            "-c",
+            LAUNCH,
+            *map(str, ends),
+            program,
+            *OPTIONS,
+            f"--user-data-dir={folder}",
+        ]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(words, pass_fds=ends, start_new_session=True, **quiet)
         os.close(theirs_in)
@@ -68,7 +80,9 @@ class Browser:
     def call(self, method, session=None, **params):
         """The result of one command; events that come before it are kept."""
         self.calls += 1
-        message = {"id": self.calls, "method": method, "params": params} | ({"sessionId": session} if session else {})
+        message = {"id": self.calls, "method": method, "params": params} | (
+            {"sessionId": session} if session else {}
+        )
         os.write(self.writes, json.dumps(message).encode() + b"\0")
         while (answer := self.receive()).get("id") != self.calls:
             self.events.append(answer)
@@ -90,20 +104,34 @@ class Browser:
 
 
 class Tab:
-    """A page in a tab of its own, loaded when this returns. errors: what its console complained about."""
+    """A page in a tab of its own, loaded when this returns. errors: what its console complained
+    about.
+    """
 
     def __init__(self, browser, path, width=1200, height=900, scheme="light", script=True, scale=1):
         self.browser = browser
         self.target = browser.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = browser.call("Target.attachToTarget", targetId=self.target, flatten=True)["sessionId"]
+        self.session = browser.call("Target.attachToTarget", targetId=self.target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        metrics = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": width < 500}
+        metrics = {
+            "width": width,
+            "height": height,
+            "deviceScaleFactor": scale,
+            "mobile": width < 500,
+        }
         self.call("Emulation.setDeviceMetricsOverride", **metrics)
         self.call("Emulation.setTouchEmulationEnabled", enabled=width < 500)
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.call(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": scheme}],
+        )
         self.call("Emulation.setScriptExecutionDisabled", value=not script)
-        browser.events = [event for event in browser.events if event.get("sessionId") != self.session]
+        browser.events = [
+            event for event in browser.events if event.get("sessionId") != self.session
+        ]
         self.call("Page.navigate", url=path.as_uri())
         while not self.heard("Page.loadEventFired"):
             browser.events.append(browser.receive())
@@ -118,7 +146,11 @@ class Tab:
     @property
     def errors(self):
         self.call("Runtime.evaluate", expression="0")  # what was under way has come by now
-        console = [event for event in self.heard("Runtime.consoleAPICalled") if event["type"] in ("error", "warning")]
+        console = [
+            event
+            for event in self.heard("Runtime.consoleAPICalled")
+            if event["type"] in ("error", "warning")
+        ]
         return [*self.heard("Runtime.exceptionThrown", "Log.entryAdded"), *console]
 
     @property
@@ -133,11 +165,28 @@ class Tab:
 
     def press(self, *keys):
         for key in keys:
-            code = {"Tab": 9, "Enter": 13, "Escape": 27, " ": 32, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowUp": 38}
+            code = {
+                "Tab": 9,
+                "Enter": 13,
+                "Escape": 27,
+                " ": 32,
+                "End": 35,
+                "Home": 36,
+                "ArrowLeft": 37,
+                "ArrowUp": 38,
+            }
             code |= {"ArrowRight": 39, "ArrowDown": 40}
             text = {"Enter": {"text": "\r"}, " ": {"text": " "}}.get(key, {})
-            self.call("Input.dispatchKeyEvent", type="keyDown", key=key, windowsVirtualKeyCode=code[key], **text)
-            self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code[key])
+            self.call(
+                "Input.dispatchKeyEvent",
+                type="keyDown",
+                key=key,
+                windowsVirtualKeyCode=code[key],
+                **text,
+            )
+            self.call(
+                "Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code[key]
+            )
 
     def move(self, x, y):
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)

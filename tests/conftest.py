@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import cifar10
+from models.data import cifar10
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores Ctrl-C
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # what a shell starts in the background ignores Ctrl-C
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -46,7 +48,9 @@ def session_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def surroundings(session_cache, monkeypatch, tmp_path):
-    """No user's data is found, nothing is downloaded, and every test starts from the same random numbers."""
+    """No user's data is found, nothing is downloaded, and every test starts from the same random
+    numbers.
+    """
     monkeypatch.setenv("LAYER_RESPONSES_CACHE", str(session_cache))
     monkeypatch.delenv("CIFAR10", raising=False)
     monkeypatch.setattr(cifar10, "SOURCES", {"test": (), "train": ()})

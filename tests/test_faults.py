@@ -1,7 +1,8 @@
-"""What goes wrong around a run: kill -9, full disks, vanishing files, broken downloads, want of memory, Ctrl-C.
+"""What goes wrong around a run: kill -9, full disks, vanishing files, broken downloads, want of
+memory, Ctrl-C.
 
-`python -m tests.test_faults` runs every fault, with more rounds than the tests, and writes what came of each to
-tests/FAULTS.md.
+`python -m tests.test_faults` runs every fault, with more rounds than the tests, and writes what
+came of each to tests/FAULTS.md.
 """
 
 import contextlib
@@ -26,34 +27,70 @@ import torch
 from PIL import Image
 
 from analysis import benchmark, compare, dynamics, responses
-from models import build, checkpoints, cifar10, train
+from models import build, train
+from models.checkpoints import loading
+from models.data import cifar10
+from models.data.preprocessing import PRESETS
 from models.files import LEFT
-from models.preprocess import PRESETS
-from tests.analysis.test_sources import short_of_memory
+from tests.analysis.measuring.test_networks import short_of_memory
 from tests.conftest import ROOT
-from tests.models.test_cifar10 import served
-from tests.models.test_recognition import blobs
-from tests.models.test_training import TEST, TRAIN, assert_same
+from tests.models.checkpoints.test_recognition import blobs
+from tests.models.data.test_cifar10 import served
+from tests.models.training.test_loop import TEST, TRAIN, assert_same
 
 FAULTS = {}
 DOCUMENT = ROOT / "tests" / "FAULTS.md"
-MAINS = {module.__name__: module.main for module in (responses, compare, dynamics, benchmark, train)}
-SMALL_RUN = ("--depth", 8, "--kind", "residual", "--iterations", 4, "--snapshots", 3, "--device", "cpu")
+MAINS = {
+    module.__name__: module.main for module in (responses, compare, dynamics, benchmark, train)
+}
+SMALL_RUN = (
+    "--depth",
+    8,
+    "--kind",
+    "residual",
+    "--iterations",
+    4,
+    "--snapshots",
+    3,
+    "--device",
+    "cpu",
+)
 SMALL_RUN += ("--precision", "float32", "--out", "runs")
 LARGE = "resnet-110"  # its file takes long to write
 RUN = "runs/resnet-8-4-seed0"
 RESPONSES, COMPARE, TRAINER = "analysis.responses", "analysis.compare", "models.train"
 HOOKS = (RESPONSES, "--checkpoint", "a.safetensors", "--data", "cifar", "--format", "svg")
-CLOSED_FORM = (RESPONSES, "--checkpoint", "a.safetensors", "--source", "batchnorm", "--format", "svg")
+CLOSED_FORM = (
+    RESPONSES,
+    "--checkpoint",
+    "a.safetensors",
+    "--source",
+    "batchnorm",
+    "--format",
+    "svg",
+)
 COMPARED = (COMPARE, "a.safetensors", "b.safetensors", "--source", "batchnorm", "--format", "svg")
 START = multiprocessing.get_context("forkserver")
-PRELOADED = ("torch._dynamo", "seaborn", "plots.fig7", "plots.compare", "plots.decomposition", "analysis.branches")
-START.set_forkserver_preload(["tests.test_faults", *PRELOADED, "analysis.paper", "models.zoo", "PIL.features"])
-CHILD = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # one thread: sums in the same order, and a fork is safe
+PRELOADED = (
+    "torch._dynamo",
+    "seaborn",
+    "plots.fig7",
+    "plots.compare",
+    "plots.decomposition",
+    "analysis.measuring.blocks",
+)
+START.set_forkserver_preload(
+    ["tests.test_faults", *PRELOADED, "analysis.paper", "models.zoo", "PIL.features"]
+)
+CHILD = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+}  # one thread: sums in the same order, and a fork is safe
 
 
 def fault(rounds=1, quick=1, name=None):
-    """The function lets something happen in a folder, checks what came of it and says so in deterministic words.
+    """The function lets something happen in a folder, checks what came of it and says so in
+    deterministic words.
 
     rounds: so many for the table, quick: so many in the tests.
     """
@@ -72,22 +109,35 @@ def execute(command, *words):
     """Run a command in this process: its exit status and the lines on stderr."""
     shown = io.StringIO()
     made_up = mock.patch.object(train, "load_data", return_value=(TRAIN, TEST))
-    always = mock.patch("models.training.SAVE_EVERY", 0)  # a state is saved after every iteration
-    with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(io.StringIO()), made_up, always:
+    always = mock.patch(
+        "models.training.loop.SAVE_EVERY", 0
+    )  # a state is saved after every iteration
+    with (
+        contextlib.redirect_stderr(shown),
+        contextlib.redirect_stdout(io.StringIO()),
+        made_up,
+        always,
+    ):
         try:
             status = MAINS[command]([str(word) for word in words])
         except SystemExit as end:
             status = end.code
-    return status, [line for line in shown.getvalue().splitlines() if not line.startswith("warning: ")]
+    return status, [
+        line for line in shown.getvalue().splitlines() if not line.startswith("warning: ")
+    ]
 
 
 def work(folder, command, words, kill_at):
-    """In a process of its own: run a command. kill_at: kill -9 itself at its n-th renaming of a file, from 0."""
+    """In a process of its own: run a command. kill_at: kill -9 itself at its n-th renaming of a
+    file, from 0.
+    """
     os.chdir(folder)
     os.environ["LAYER_RESPONSES_CACHE"] = str(folder / "cache")
     torch.set_num_threads(1)
     seen, rename = itertools.count(), os.replace
-    os.replace = lambda *names: rename(*names) if next(seen) != kill_at else os.kill(os.getpid(), signal.SIGKILL)
+    os.replace = lambda *names: (
+        rename(*names) if next(seen) != kill_at else os.kill(os.getpid(), signal.SIGKILL)
+    )
     if command == "save":
         for number in itertools.cycle((0, 1)):
             save_one(Path("saved.safetensors"), number, LARGE)
@@ -133,7 +183,11 @@ def timed(folder, command, *words):
 
 def files_in(folder):
     """The files that are not hidden, by name."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if not path.name.startswith(".")}
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(folder.iterdir())
+        if not path.name.startswith(".")
+    }
 
 
 @functools.cache
@@ -143,7 +197,13 @@ def network(name, number):
 
 
 def save_one(path, number, name="resnet-8"):
-    checkpoints.save(path, network(name, number), PRESETS["[0,1]"], crop_padding="none", training={"number": number})
+    loading.save(
+        path,
+        network(name, number),
+        PRESETS["[0,1]"],
+        crop_padding="none",
+        training={"number": number},
+    )
 
 
 def lay_out(folder):
@@ -157,7 +217,9 @@ def lay_out(folder):
 
 @contextlib.contextmanager
 def before(target, action):
-    """Do something when the function of that name is called for the first time, just before it runs."""
+    """Do something when the function of that name is called for the first time, just before it
+    runs.
+    """
     place, _, name = target.rpartition(".")
     owner = pkgutil.resolve_name(place)
     function, waiting = getattr(owner, name), [action]
@@ -176,7 +238,9 @@ def before(target, action):
 
 @fault(rounds=20)
 def killed_while_training(folder, rounds):
-    """Twice in a run: at the renaming of one of its files after another, and at a random moment after that."""
+    """Twice in a run: at the renaming of one of its files after another, and at a random moment
+    after that.
+    """
     chance = random.Random(0)
     (folder / "whole").mkdir()
     takes = timed(folder / "whole", TRAINER, *SMALL_RUN)
@@ -194,7 +258,9 @@ def killed_while_training(folder, rounds):
 
 @fault(rounds=15, quick=2)
 def killed_while_writing_a_checkpoint(folder, rounds):
-    """While two are written in turn: as soon as a temporary file is there, and at random moments after that."""
+    """While two are written in turn: as soon as a temporary file is there, and at random moments
+    after that.
+    """
     chance = random.Random(0)
     saved = folder / "saved.safetensors"
     contents = []
@@ -230,7 +296,10 @@ def kill_while_measuring(words, folder, rounds):
         if number % 2:
             kill_sometime(chance, folder, takes, *words, "--out", "out")
         else:
-            wait(start(folder, *words, "--out", "out", kill_at=number // 2 % len(new)), -signal.SIGKILL)
+            wait(
+                start(folder, *words, "--out", "out", kill_at=number // 2 % len(new)),
+                -signal.SIGKILL,
+            )
         found = files_in(folder / "out")
         assert found.keys() == new.keys()
         assert all(content in (old[name], new[name]) for name, content in found.items())
@@ -240,7 +309,9 @@ def kill_while_measuring(words, folder, rounds):
 
 
 for _name, _words in (("closed form", CLOSED_FORM), ("hooks", HOOKS), ("comparison", COMPARED)):
-    fault(10, 2, f"killed in a measurement: {_name}")(functools.partial(kill_while_measuring, _words))
+    fault(10, 2, f"killed in a measurement: {_name}")(
+        functools.partial(kill_while_measuring, _words)
+    )
 
 
 # Disks and files
@@ -278,8 +349,16 @@ def full_disk_under_results(folder, rounds):
     with mounted(folder / "out", "size=400k") as out:
         assert execute(*CLOSED_FORM, "--out", "out")[0] == 0
         earlier = files_in(out)
-        (out / "filler").write_bytes(bytes(os.statvfs(out).f_bavail * os.statvfs(out).f_frsize - 20_000))
-        line = only_line(execute(*CLOSED_FORM, "--no-paper", "--out", "out"), 2, "out: ", "No space left", "make room")
+        (out / "filler").write_bytes(
+            bytes(os.statvfs(out).f_bavail * os.statvfs(out).f_frsize - 20_000)
+        )
+        line = only_line(
+            execute(*CLOSED_FORM, "--no-paper", "--out", "out"),
+            2,
+            "out: ",
+            "No space left",
+            "make room",
+        )
         (out / "filler").unlink()
         assert files_in(out) == earlier
         assert len(list(out.iterdir())) == len(earlier)
@@ -301,7 +380,10 @@ def full_disk_under_a_training(folder, rounds):
 @fault()
 def full_disk_under_the_cache(folder, rounds):
     lay_out(folder)
-    with mounted(folder / "cache", "size=4k"), mock.patch.dict(os.environ, {"LAYER_RESPONSES_CACHE": "cache"}):
+    with (
+        mounted(folder / "cache", "size=4k"),
+        mock.patch.dict(os.environ, {"LAYER_RESPONSES_CACHE": "cache"}),
+    ):
         assert execute(*HOOKS, "--out", "out") == (0, [])
         assert [path for path in (folder / "cache").rglob("*") if path.is_file()] == []
     return "the images are decoded again in the next run, nothing is said"
@@ -321,17 +403,42 @@ def read_only_folder_for_a_training(folder, rounds):
 
 
 VANISHING = {  # the function just before which a file vanishes, the file, the command and words of its line
-    "checkpoint vanishes between two readings": ("analysis.inputs.sample_of", "a.safetensors", HOOKS, "no such file"),
-    "checkpoint vanishes while it is read": ("models.checkpoints.sha256", "a.safetensors", HOOKS, "again"),
-    "data file vanishes before it is decoded": ("models.layouts.decode_images", "cifar/cat/07.png", HOOKS, "again"),
+    "checkpoint vanishes between two readings": (
+        "analysis.cli.items.sample_of",
+        "a.safetensors",
+        HOOKS,
+        "no such file",
+    ),
+    "checkpoint vanishes while it is read": (
+        "models.checkpoints.loading.sha256",
+        "a.safetensors",
+        HOOKS,
+        "again",
+    ),
+    "data file vanishes before it is decoded": (
+        "models.data.formats.decode_images",
+        "cifar/cat/07.png",
+        HOOKS,
+        "again",
+    ),
     "image vanishes while its folder is measured": (
-        "analysis.hooks.Measurement.add_part",
+        "analysis.measuring.measurement.Measurement.add_part",
         "photographs/69.png",
-        (RESPONSES, "--checkpoint", "a.pth", "--model", "mine.py:small", "--data", "photographs", "--batch-size", 4),
+        (
+            RESPONSES,
+            "--checkpoint",
+            "a.pth",
+            "--model",
+            "mine.py:small",
+            "--data",
+            "photographs",
+            "--batch-size",
+            4,
+        ),
         "again",
     ),
     "frame vanishes while it is compared": (
-        "analysis.entries.describe_frames",
+        "analysis.cli.entries.describe_frames",
         "old/responses.csv",
         (COMPARE, "old/responses.csv", "a.safetensors", "--source", "batchnorm"),
         "again",
@@ -357,7 +464,10 @@ def lay_out_photographs(folder):
     (folder / "mine.py").write_text(
         "from torch import nn\ndef small():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))\n"
     )
-    torch.save(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).state_dict(), folder / "a.pth")
+    torch.save(
+        torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).state_dict(),
+        folder / "a.pth",
+    )
     (folder / "photographs").mkdir()
     for number in range(70):
         Image.new("RGB", (40, 40)).save(folder / "photographs" / f"{number:02}.png")
@@ -376,15 +486,25 @@ def download(path, why, folder, rounds):
     (folder / "served").mkdir()
     (folder / "served" / "test.parquet").write_bytes(random.Random(0).randbytes(100_000))
     cache = mock.patch.dict(os.environ, {"LAYER_RESPONSES_CACHE": str(folder / "cache")})
-    with served(folder / "served") as url, cache, mock.patch.dict(cifar10.SOURCES, {"test": (f"{url}/{path}",)}):
-        status, lines = execute(*CLOSED_FORM, "--source", "hooks", "--data", "cifar10", "--out", "out")
+    with (
+        served(folder / "served") as url,
+        cache,
+        mock.patch.dict(cifar10.SOURCES, {"test": (f"{url}/{path}",)}),
+    ):
+        status, lines = execute(
+            *CLOSED_FORM, "--source", "hooks", "--data", "cifar10", "--out", "out"
+        )
     line = only_line((status, lines[-1:]), 2, "error: no CIFAR-10 test images found", why)
     assert [path for path in (folder / "cache").rglob("*") if path.is_file()] == []
     return f"nothing is kept; {line.replace(url, 'http://127.0.0.1').replace(str(folder), '...')}"
 
 
-fault(name="download that stops half way")(functools.partial(download, "half/test.parquet", "IncompleteRead"))
-fault(name="download of other bytes")(functools.partial(download, "test.parquet", "the download is not CIFAR-10"))
+fault(name="download that stops half way")(
+    functools.partial(download, "half/test.parquet", "IncompleteRead")
+)
+fault(name="download of other bytes")(
+    functools.partial(download, "test.parquet", "the download is not CIFAR-10")
+)
 
 
 # Two at once
@@ -404,7 +524,9 @@ def several_processes_on_one_folder(folder, rounds):
             wait(process, 0)
         found = {path.name: path.read_bytes() for path in (folder / out).iterdir()}
         assert found.keys() == {name for files in allowed for name in files}
-        assert all(content in [files.get(name) for files in allowed] for name, content in found.items())
+        assert all(
+            content in [files.get(name) for files in allowed] for name, content in found.items()
+        )
     return "every file is whole, and of one of them; nothing else is there"
 
 
@@ -417,7 +539,7 @@ def two_trainings_of_one_network(folder, rounds):
         process.join()
         outcomes.append((process.exitcode, (folder / "stderr").read_text().splitlines()))
 
-    with before("models.training.Training.iterate", train_beside):
+    with before("models.training.loop.Training.iterate", train_beside):
         assert execute(TRAINER, *SMALL_RUN) == (0, [])
     return f"the first goes on undisturbed; the second: {only_line(*outcomes, 2, 'another trainer is at work here')}"
 
@@ -452,10 +574,10 @@ def out_of_memory_at_one_image(folder, rounds):
 
 
 MOMENTS = {  # functions at whose beginning it comes
-    "reading": "models.checkpoints.read",
-    "decoding": "models.layouts.decode_images",
-    "recognising": "models.checkpoints.match_preprocessing",
-    "measuring": "analysis.hooks.Measurement.add_part",
+    "reading": "models.checkpoints.loading.read",
+    "decoding": "models.data.formats.decode_images",
+    "recognising": "models.checkpoints.loading.match_preprocessing",
+    "measuring": "analysis.measuring.measurement.Measurement.add_part",
     "in a forward pass": "torch.nn.Conv2d.forward",
     "drawing": "matplotlib.figure.Figure.savefig",
     "writing": "models.files.os.fsync",
@@ -464,9 +586,15 @@ MOMENTS = {  # functions at whose beginning it comes
 LATE = ("drawing", "writing", "renaming")
 INTERRUPTED = {
     RESPONSES: (tuple(MOMENTS), HOOKS[1:]),
-    COMPARE: (tuple(MOMENTS), ("a.safetensors", "b.safetensors", "--data", "cifar", "--format", "svg")),
+    COMPARE: (
+        tuple(MOMENTS),
+        ("a.safetensors", "b.safetensors", "--data", "cifar", "--format", "svg"),
+    ),
     "analysis.dynamics": (("reading", *LATE), (RUN, "--format", "svg")),
-    "analysis.benchmark": (("reading", "measuring", "in a forward pass"), ("--networks", "resnet-20", "--images", 20)),
+    "analysis.benchmark": (
+        ("reading", "measuring", "in a forward pass"),
+        ("--networks", "resnet-20", "--images", 20),
+    ),
 }
 
 
@@ -489,18 +617,32 @@ def interrupt_moments(command, folder, rounds):
             outcome = execute(command, *words, "--out", out)
         line = only_line(outcome, 130, "interrupted")
         written = {path.suffix for path in out.iterdir() if not path.name.startswith(".")}
-        assert written == ({".csv", ".json", ".svg"} if moment in ("writing", "renaming") else set())
+        assert written == (
+            {".csv", ".json", ".svg"} if moment in ("writing", "renaming") else set()
+        )
         assert not list(out.glob(".*"))
     return f"at {', '.join(moments)}: status 130, all of the results or none; {line}"
 
 
 IMPORTS = {  # words of the real commands, and modules at whose import it comes
-    RESPONSES: ("--checkpoint a.safetensors --source batchnorm", "analysis.inputs torch torch.nn.modules.conv pandas"),
-    COMPARE: ("a.safetensors b.safetensors --source batchnorm", "torch torch.nn.modules.conv pandas seaborn"),
-    "analysis.dynamics": ("nowhere", "analysis.outputs torch torch.nn.modules.conv pandas"),
-    "analysis.benchmark": ("--networks resnet-8", "analysis.sources pandas torch matplotlib.figure"),
-    "models.train": ("--depth 8", "models.recipe torch torch.nn.modules.conv numpy"),
-    "models.resnet": ("resnet-8", "argparse torch torch.nn.modules.conv torch.nn.modules.batchnorm"),
+    RESPONSES: (
+        "--checkpoint a.safetensors --source batchnorm",
+        "analysis.cli.items torch torch.nn.modules.conv pandas",
+    ),
+    COMPARE: (
+        "a.safetensors b.safetensors --source batchnorm",
+        "torch torch.nn.modules.conv pandas seaborn",
+    ),
+    "analysis.dynamics": ("nowhere", "analysis.cli.outputs torch torch.nn.modules.conv pandas"),
+    "analysis.benchmark": (
+        "--networks resnet-8",
+        "analysis.measuring.networks pandas torch matplotlib.figure",
+    ),
+    "models.train": ("--depth 8", "models.training.recipe torch torch.nn.modules.conv numpy"),
+    "models.resnet": (
+        "resnet-8",
+        "argparse torch torch.nn.modules.conv torch.nn.modules.batchnorm",
+    ),
 }
 SITE = """
 import os, signal, sys
@@ -527,7 +669,9 @@ def signalled(command, module, number, folder):
     environment = os.environ | {"PYTHONPATH": f"{folder / 'site'}:{ROOT}"}
     environment |= {"INTERRUPT_AT": module, "INTERRUPT_BY": str(int(number))}
     run = [sys.executable, "-m", command, *IMPORTS[command][0].split()]
-    done = subprocess.run(run, capture_output=True, text=True, check=False, env=environment, cwd=folder)
+    done = subprocess.run(
+        run, capture_output=True, text=True, check=False, env=environment, cwd=folder
+    )
     return done.returncode, done.stderr
 
 
@@ -540,9 +684,14 @@ for _command in IMPORTS:
 @fault(2, 1, f"SIGTERM in imports of {TRAINER}")
 def end_imports(folder, rounds):
     modules = ("torch.nn.modules.conv", "torch")
-    said = "stopped by SIGTERM at once: what was saved stays, and the same command goes on from there"
+    said = (
+        "stopped by SIGTERM at once: what was saved stays, and the same command goes on from there"
+    )
     for module in modules[:rounds]:
-        assert signalled(TRAINER, module, signal.SIGTERM, folder) == (143, f"models.train: {said}\n"), module
+        assert signalled(TRAINER, module, signal.SIGTERM, folder) == (
+            143,
+            f"models.train: {said}\n",
+        ), module
     return f"at {', '.join(modules)}: status 143, `{said}`"
 
 
@@ -561,7 +710,8 @@ def interrupt_a_training(folder, rounds):
 
 MEASURE_ALONE = """
 import argparse
-from analysis import benchmark, outputs
+from analysis import benchmark
+from analysis.cli import outputs
 job = benchmark.Job("resnet-110", 20_000, 128, None, "cpu", 1)
 benchmark.run = lambda args: benchmark.peak_of(job, "plain forward", [])
 raise SystemExit(outputs.finish(benchmark.run, argparse.Namespace(device="cpu", debug=False)))
@@ -570,8 +720,13 @@ raise SystemExit(outputs.finish(benchmark.run, argparse.Namespace(device="cpu", 
 
 @fault(name="Ctrl-C in a process of analysis.benchmark")
 def interrupt_a_process(folder, rounds):
-    """It comes to all processes of a terminal, here to the one that measures first, and while that one begins."""
-    command, environment = [sys.executable, "-c", MEASURE_ALONE], os.environ | {"PYTHONPATH": str(ROOT)}
+    """It comes to all processes of a terminal, here to the one that measures first, and while that
+    one begins.
+    """
+    command, environment = (
+        [sys.executable, "-c", MEASURE_ALONE],
+        os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -602,7 +757,9 @@ def test_a_fault_leaves_nothing_half_done(name, tmp_path):
 
 
 def test_the_table_is_complete():
-    rows = [line.split(" | ") for line in DOCUMENT.read_text().splitlines() if line.startswith("| ")][2:]
+    rows = [
+        line.split(" | ") for line in DOCUMENT.read_text().splitlines() if line.startswith("| ")
+    ][2:]
     assert [(name.removeprefix("| "), int(rounds)) for name, rounds, *_ in rows] == [
         (name, rounds) for name, (_, rounds, _) in FAULTS.items()
     ]
@@ -616,7 +773,10 @@ def write_table():
     for name, (function, rounds, _) in FAULTS.items():
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
             cache = {"LAYER_RESPONSES_CACHE": str(Path(folder, "cache"))}
-            with mock.patch.dict(os.environ, cache), mock.patch.dict(cifar10.SOURCES, {"test": (), "train": ()}):
+            with (
+                mock.patch.dict(os.environ, cache),
+                mock.patch.dict(cifar10.SOURCES, {"test": (), "train": ()}),
+            ):
                 try:
                     outcome = function(Path(folder), rounds)
                 except pytest.skip.Exception as reason:
@@ -628,5 +788,10 @@ def write_table():
     DOCUMENT.write_text(head + "\n".join(rows) + "\n")
 
 
-if __name__ == "__main__":  # imported, so that not every process that it starts runs this file once more
-    subprocess.run([sys.executable, "-c", "from tests.test_faults import write_table; write_table()"], check=True)
+if (
+    __name__ == "__main__"
+):  # imported, so that not every process that it starts runs this file once more
+    subprocess.run(
+        [sys.executable, "-c", "from tests.test_faults import write_table; write_table()"],
+        check=True,
+    )

@@ -1,9 +1,11 @@
-"""Damaged and forged files of every kind that is read: a result or one error in words, and nothing else happens.
+"""Damaged and forged files of every kind that is read: a result or one error in words, and nothing
+else happens.
 
     python -m tests.test_fuzz --seconds 600
 
-goes on for longer than the test does, from other random numbers each time (`--seed` repeats a run), and writes what it
-finds into a folder. What was found stands among the cases of tests/test_hostile.py.
+goes on for longer than the test does, from other random numbers each time (`--seed` repeats a run),
+and writes what it finds into a folder. What was found stands among the cases of
+tests/test_hostile.py.
 """
 
 import argparse
@@ -38,30 +40,68 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
 
+from analysis.cli.entries import read_frames
 from analysis.dynamics import read_config, read_metrics, read_snapshots
-from analysis.entries import read_frames
-from analysis.frame import make_frame
-from models import build, checkpoints, cifar10, closed_form
-from models.images import ImageFolder
-from models.preprocess import PRESETS
-from models.recipe import Recipe
+from analysis.measuring.frame import make_frame
+from models import build, closed_form
+from models.checkpoints import loading
+from models.data import cifar10
+from models.data.folder import ImageFolder
+from models.data.preprocessing import PRESETS
+from models.training.recipe import Recipe
 from tests.conftest import ROOT
 
 MEMORY = 400 * 2**20  # bytes that a reader may need above what it had before
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-CALLS = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen", "socket.connect", "ctypes.dlopen")
-EXTREMES = (0, 1, -1, 127, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, -(2**63))
+CALLS = (
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "os.posix_spawn",
+    "subprocess.Popen",
+    "socket.connect",
+    "ctypes.dlopen",
+)
+EXTREMES = (
+    0,
+    1,
+    -1,
+    127,
+    255,
+    2**15,
+    2**16,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**40,
+    2**62,
+    2**63 - 1,
+    -(2**63),
+)
 NUMBERS = (None, True, -1, 0, 1e308, float("nan"), 2**31, 2**63, 10**30)
 VALUES = (*NUMBERS, "", "a\n\x1b[2J", [], [[]], {}, "F64", "F8_E4M3", "C64", "F4", "plain")
 WORDS = (b"\n", b"\0", b'"', b",", b"9" * 5000, b"\x1b[2J", b"nan", b"[" * 2000, b"1e999")
-INSTRUCTIONS = (b"N", b")", b"]", b"}", b"R", b"b", b"0", b"2", b"\x81", b"r\xff\xff\xff\x7f", b"q\0", b"\x85")
+INSTRUCTIONS = (
+    b"N",
+    b")",
+    b"]",
+    b"}",
+    b"R",
+    b"b",
+    b"0",
+    b"2",
+    b"\x81",
+    b"r\xff\xff\xff\x7f",
+    b"q\0",
+    b"\x85",
+)
 
 # What is read, and how
 
 
 def read_checkpoint(folder):
     [path] = folder.iterdir()
-    checkpoint = checkpoints.load(path, need_model=False)
+    checkpoint = loading.load(path, need_model=False)
     closed_form(checkpoint.state if checkpoint.model is None else checkpoint.model)
     if checkpoint.preprocessing is not None:
         checkpoint.preprocessing(np.zeros((2, 32, 32, 3), np.uint8))
@@ -83,7 +123,9 @@ def read_csv(folder):
 def read_run(folder):
     recipe = read_config(folder)
     read_metrics(folder)
-    args = SimpleNamespace(run=folder, source=["batchnorm"], model=None, normalize="auto", ema=False)
+    args = SimpleNamespace(
+        run=folder, source=["batchnorm"], model=None, normalize="auto", ema=False
+    )
     read_snapshots(args, recipe)
 
 
@@ -119,12 +161,18 @@ def snapshot(recipe):
     with tempfile.TemporaryDirectory() as folder:
         training = {**vars(recipe), "iteration": 4, "current_lr": 0.1}
         path = Path(folder) / "a.safetensors"
-        checkpoints.save(path, build("resnet-8"), PRESETS["imagenet"], crop_padding="zero", training=training)
+        loading.save(
+            path, build("resnet-8"), PRESETS["imagenet"], crop_padding="zero", training=training
+        )
         return path.read_bytes()
 
 
 def batch():
-    return {b"data": np.zeros((2, 3072), np.uint8), b"labels": [3, 4], b"filenames": [b"a.png", b"b.png"]}
+    return {
+        b"data": np.zeros((2, 3072), np.uint8),
+        b"labels": [3, 4],
+        b"filenames": [b"a.png", b"b.png"],
+    }
 
 
 def archive():
@@ -144,7 +192,10 @@ def parquet():
 
 def frame():
     spread = {"mean": 0.1, "std": 5**0.5, "within": 1.0, "between": 2.0}
-    rows = [{"layer": i, "name": "conv", "norm": "bn", "stage": 1, "channels": 8} | spread for i in (1, 2, 3)]
+    rows = [
+        {"layer": i, "name": "conv", "norm": "bn", "stage": 1, "channels": 8} | spread
+        for i in (1, 2, 3)
+    ]
     made = make_frame(rows, network="resnet-8", kind="residual", depth=8, source="batchnorm")
     return made.to_csv(index=False).encode()
 
@@ -158,14 +209,22 @@ def make_seeds():
         "metrics.csv": b"iteration,lr,loss,error,mean_std\n2,0.1,2.3,90,1.0\n4,0.1,2.2,80,0.9\n",
         "snapshots/iteration-4.safetensors": snapshot(recipe),
     }
-    wrapped = {"state_dict": tiny(), "epoch": 3, "arch": "resnet8", "best": (0.5, None), "optimizer": {"lr": 0.1}}
+    wrapped = {
+        "state_dict": tiny(),
+        "epoch": 3,
+        "arch": "resnet8",
+        "best": (0.5, None),
+        "optimizer": {"lr": 0.1},
+    }
     labels = pickle.dumps(batch() | {b"labels": np.arange(2)}, 4)
     files = {
         read_checkpoint: {
             "zip.pth": saved(wrapped),
             "legacy.pth": saved(wrapped, _use_new_zipfile_serialization=False),
             "sparse.pth": saved({k: v.to_sparse() for k, v in tiny().items()}),
-            "parameters.pth": saved({k: torch.nn.Parameter(v) for k, v in tiny().items() if v.is_floating_point()}),
+            "parameters.pth": saved(
+                {k: torch.nn.Parameter(v) for k, v in tiny().items() if v.is_floating_point()}
+            ),
             "tiny.safetensors": save(tiny()),
             "carded.safetensors": run["snapshots/iteration-4.safetensors"],
         },
@@ -182,7 +241,9 @@ def make_seeds():
             "a.png": image("png"),
             "grey.png": deep_grey(),
             "palette.png": image("png", "P", transparency=b"\0\1\2"),
-            "animated.gif": image("gif", "P", save_all=True, append_images=[Image.new("P", (32, 32), 3)]),
+            "animated.gif": image(
+                "gif", "P", save_all=True, append_images=[Image.new("P", (32, 32), 3)]
+            ),
             "a.webp": image("webp"),
             "a.tiff": image("tiff", compression="tiff_lzw"),
             "a.bmp": image("bmp"),
@@ -268,7 +329,9 @@ def damage_pickle(random, content):
         elif kind == 3:
             parts[at] = parts[other]
         elif kind == 4:
-            numbers = [i for i, part in enumerate(parts) if part[:1] in (b"K", b"M", b"J", b"\x8a")] or [at]
+            numbers = [
+                i for i, part in enumerate(parts) if part[:1] in (b"K", b"M", b"J", b"\x8a")
+            ] or [at]
             parts[random.choice(numbers)] = b"\x8a\x08" + struct.pack("<q", random.choice(EXTREMES))
         else:
             parts[at] += random.choice(INSTRUCTIONS)
@@ -315,7 +378,9 @@ def repair_png(content):
 
 @contextmanager
 def watched(allowed: Path) -> Iterator[list[str]]:
-    """What is done in the block that no reader should do: programs run, connections, files written elsewhere."""
+    """What is done in the block that no reader should do: programs run, connections, files written
+    elsewhere.
+    """
     deeds: list[str] = []
     WATCHES.append((allowed, deeds))
     try:
@@ -331,8 +396,12 @@ def audit(event, args):
     for allowed, deeds in WATCHES:
         if event in CALLS:
             deeds.append(f"{event} {args}")
-        elif event == "open" and isinstance(args[0], str | os.PathLike) and (args[2] or 0) & WRITING:
-            deeds.extend([f"{event} {args}"] * (not os.fspath(args[0]).startswith((str(allowed), "/dev/"))))
+        elif (
+            event == "open" and isinstance(args[0], str | os.PathLike) and (args[2] or 0) & WRITING
+        ):
+            deeds.extend(
+                [f"{event} {args}"] * (not os.fspath(args[0]).startswith((str(allowed), "/dev/")))
+            )
 
 
 sys.addaudithook(audit)
@@ -373,7 +442,9 @@ def forge(random, name):
     return read, files | {target: damaged}
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 @given(name=st.sampled_from(list(SEEDS)), state=st.integers(0, 2**64 - 1))
 def test_damaged_files(name, state):
     check(*forge(Random(state), name))
@@ -382,7 +453,9 @@ def test_damaged_files(name, state):
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("name", SEEDS)
 def test_the_good_files_are_read(name, tmp_path):
-    """Else nothing would be found behind the error that they end in. Of sparse tensors there is no good file."""
+    """Else nothing would be found behind the error that they end in. Of sparse tensors there is no
+    good file.
+    """
     read, files, _ = SEEDS[name]
     for path, content in files.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -435,7 +508,11 @@ def main():
                 check(read, files)
             except Exception as error:
                 where = traceback.extract_tb(error.__traceback__)
-                ours = [f"{Path(f.filename).name}:{f.lineno}" for f in where if f.filename.startswith(str(ROOT))][-1]
+                ours = [
+                    f"{Path(f.filename).name}:{f.lineno}"
+                    for f in where
+                    if f.filename.startswith(str(ROOT))
+                ][-1]
                 kind = f"{type(error).__name__} {ours} {where[-1].name}"
                 kinds[kind] = kinds.get(kind, 0) + 1
                 if kinds[kind] == 1:

@@ -1,4 +1,5 @@
-"""Files of strangers and slips of users: every one ends in one line and status 2, and nothing else happens.
+"""Files of strangers and slips of users: every one ends in one line and status 2, and nothing else
+happens.
 
 `python -m tests.test_hostile` runs the table and writes what each command said to tests/HOSTILE.md.
 """
@@ -28,15 +29,18 @@ from pyarrow import parquet
 from safetensors.torch import save_file
 
 from analysis import compare, dynamics, responses
-from analysis.frame import make_frame
-from models import build, checkpoints
-from models.preprocess import PRESETS
-from models.recipe import Recipe
+from analysis.measuring.frame import make_frame
+from models import build
+from models.checkpoints import loading
+from models.data.preprocessing import PRESETS
+from models.training.recipe import Recipe
 from tests.conftest import ROOT
 
 CASES = {}
 DOCUMENT = ROOT / "tests" / "HOSTILE.md"
-MEMORY = 400 * 2**20  # bytes that a command may need above what it had before, whatever a file says of itself
+MEMORY = (
+    400 * 2**20
+)  # bytes that a command may need above what it had before, whatever a file says of itself
 
 
 def case(message):
@@ -61,7 +65,7 @@ def data(path, *more):
     good = path.parent / "good.safetensors"
     if path.name == "good.safetensors" or not good.exists():
         good = path.parent / "good.safetensors"
-        checkpoints.save(good, network(), PRESETS["imagenet"], crop_padding="none", training={})
+        loading.save(good, network(), PRESETS["imagenet"], crop_padding="none", training={})
     return ["--checkpoint", good, "--data", path, *more]
 
 
@@ -73,7 +77,10 @@ def network():
 def pickled(path, payload, protocol=2):
     """A file of torch.save's zip format whose pickle is the payload."""
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", payload if isinstance(payload, bytes) else pickle.dumps(payload, protocol))
+        archive.writestr(
+            "archive/data.pkl",
+            payload if isinstance(payload, bytes) else pickle.dumps(payload, protocol),
+        )
         archive.writestr("archive/version", "3\n")
     return path
 
@@ -105,13 +112,19 @@ def pickle_with_builtins(path):
 
 @case("refused: it asks for")
 def pickle_with_getattr(path):
-    torch.save({"state_dict": Calls(getattr, os, "system")} if False else Calls(getattr, "", "join"), path / "a.pth")
+    torch.save(
+        {"state_dict": Calls(getattr, os, "system")} if False else Calls(getattr, "", "join"),
+        path / "a.pth",
+    )
     return checkpoint(path / "a.pth")
 
 
 @case("refused: it asks for")
 def pickle_nested_in_a_state_dict(path):
-    torch.save({"state_dict": {**network().state_dict(), "z": [[Calls(os.system, "touch evil")]]}}, path / "a.pth")
+    torch.save(
+        {"state_dict": {**network().state_dict(), "z": [[Calls(os.system, "touch evil")]]}},
+        path / "a.pth",
+    )
     return checkpoint(path / "a.pth")
 
 
@@ -165,7 +178,9 @@ def pickle_with_a_huge_declared_storage(path):
     torch.save(state, path / "a.pth", _use_new_zipfile_serialization=False)
     content = (path / "a.pth").read_bytes()
     position = content.rindex(struct.pack("<q", 432))  # the number of values before the storage
-    (path / "a.pth").write_bytes(content[:position] + struct.pack("<q", 2**40) + content[position + 8 :])
+    (path / "a.pth").write_bytes(
+        content[:position] + struct.pack("<q", 2**40) + content[position + 8 :]
+    )
     return checkpoint(path / "a.pth")
 
 
@@ -219,13 +234,17 @@ def numbers_in_place_of_names(path):
 
 @case("NaN or infinity in")
 def infinity_in_a_checkpoint(path):
-    torch.save(network().state_dict() | {"bn1.weight": torch.full((16,), torch.inf)}, path / "a.pth")
+    torch.save(
+        network().state_dict() | {"bn1.weight": torch.full((16,), torch.inf)}, path / "a.pth"
+    )
     return checkpoint(path / "a.pth")
 
 
 @case("conv1.weight holds int64, not floating-point numbers")
 def integers_for_weights(path):
-    torch.save({name: tensor.long() for name, tensor in network().state_dict().items()}, path / "a.pth")
+    torch.save(
+        {name: tensor.long() for name, tensor in network().state_dict().items()}, path / "a.pth"
+    )
     return checkpoint(path / "a.pth")
 
 
@@ -238,31 +257,43 @@ def complex_weights(path):
 
 @case("bn1.num_batches_tracked holds complex64, not floating-point numbers")
 def complex_counters(path):
-    torch.save(network().state_dict() | {"bn1.num_batches_tracked": torch.tensor(1j)}, path / "a.pth")
+    torch.save(
+        network().state_dict() | {"bn1.num_batches_tracked": torch.tensor(1j)}, path / "a.pth"
+    )
     return checkpoint(path / "a.pth")
 
 
 @case("conv1.weight is sparse, quantized or without data")
 def sparse_weights(path):
-    torch.save({name: tensor.to_sparse() for name, tensor in network().state_dict().items()}, path / "a.pth")
+    torch.save(
+        {name: tensor.to_sparse() for name, tensor in network().state_dict().items()},
+        path / "a.pth",
+    )
     return checkpoint(path / "a.pth")
 
 
 @case("conv1.weight is sparse, quantized or without data")
 def tensors_without_data(path):
-    torch.save({name: tensor.to("meta") for name, tensor in network().state_dict().items()}, path / "a.pth")
+    torch.save(
+        {name: tensor.to("meta") for name, tensor in network().state_dict().items()}, path / "a.pth"
+    )
     return checkpoint(path / "a.pth")
 
 
 @case("bn1.running_var is no vector of variances")
 def negative_variance(path):
-    torch.save(network().state_dict() | {"bn1.running_var": torch.full((16,), -1.0)}, path / "a.pth")
+    torch.save(
+        network().state_dict() | {"bn1.running_var": torch.full((16,), -1.0)}, path / "a.pth"
+    )
     return checkpoint(path / "a.pth")
 
 
 @case("bn1.running_var is no vector of variances")
 def a_scalar_for_a_vector(path):
-    torch.save({"conv1.weight": torch.zeros(4, 3, 3, 3), "bn1.running_var": torch.tensor(1.0)}, path / "a.pth")
+    torch.save(
+        {"conv1.weight": torch.zeros(4, 3, 3, 3), "bn1.running_var": torch.tensor(1.0)},
+        path / "a.pth",
+    )
     return checkpoint(path / "a.pth")
 
 
@@ -275,7 +306,10 @@ def a_matrix_for_a_vector(path):
 @case("")
 def a_thousand_stages(path):
     state = {f"layer1.{i}.conv1.weight": torch.zeros(1) for i in range(3000)}
-    torch.save(state | {"conv1.weight": torch.zeros(16, 3, 3, 3), "fc.weight": torch.zeros(10, 64)}, path / "a.pth")
+    torch.save(
+        state | {"conv1.weight": torch.zeros(16, 3, 3, 3), "fc.weight": torch.zeros(10, 64)},
+        path / "a.pth",
+    )
     return checkpoint(path / "a.pth")
 
 
@@ -339,7 +373,9 @@ def overlapping_offsets(path):
 
 @case("damaged or truncated safetensors file")
 def offsets_beyond_the_end(path):
-    return safetensors(path / "a.safetensors", {"a": entry(0, 16), "b": entry(16, 2**40, (2**38,))}, bytes(16))
+    return safetensors(
+        path / "a.safetensors", {"a": entry(0, 16), "b": entry(16, 2**40, (2**38,))}, bytes(16)
+    )
 
 
 @case("damaged or truncated safetensors file")
@@ -359,7 +395,9 @@ def shape_that_is_not_the_size(path):
 
 @case("damaged or truncated safetensors file")
 def shape_that_overflows(path):
-    return safetensors(path / "a.safetensors", {"a": entry(0, 16, (2**32, 2**32, 2**32))}, bytes(16))
+    return safetensors(
+        path / "a.safetensors", {"a": entry(0, 16, (2**32, 2**32, 2**32))}, bytes(16)
+    )
 
 
 @case("damaged or truncated safetensors file")
@@ -447,13 +485,23 @@ def folder(path, content, name="a.png"):
 
 
 def chunk(kind, content):
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
 
 
 def declared(width, height):
     """A PNG of some bytes that says it is of this size."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b"")
+    )
 
 
 @case("damaged or no image (Image size (3600000000 pixels) exceeds limit")
@@ -484,7 +532,10 @@ def image_with_a_bomb_of_text(path):
 
 @case("damaged or no image (of no known format)")
 def postscript_for_an_image(path):
-    return folder(path, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n(evil) (w) file\n%%EOF\n")
+    return folder(
+        path,
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n(evil) (w) file\n%%EOF\n",
+    )
 
 
 @case("no CIFAR-10 test images here")
@@ -520,13 +571,17 @@ def parquet_with_more_labels_than_images(path):
 
 @case("test-0.parquet: a label is no number")
 def parquet_with_words_for_labels(path):
-    pd.DataFrame({"img": [{"bytes": png(), "path": "a"}], "label": ["cat"]}).to_parquet(path / "test-0.parquet")
+    pd.DataFrame({"img": [{"bytes": png(), "path": "a"}], "label": ["cat"]}).to_parquet(
+        path / "test-0.parquet"
+    )
     return data(path / "test-0.parquet")
 
 
 @case("damaged or truncated parquet file")
 def parquet_cut_off(path):
-    pd.DataFrame({"img": [{"bytes": png(), "path": "a"}], "label": [0]}).to_parquet(path / "test-0.parquet")
+    pd.DataFrame({"img": [{"bytes": png(), "path": "a"}], "label": [0]}).to_parquet(
+        path / "test-0.parquet"
+    )
     (path / "test-0.parquet").write_bytes((path / "test-0.parquet").read_bytes()[:-20])
     return data(path / "test-0.parquet")
 
@@ -540,9 +595,16 @@ def parquet_without_rows(path):
 
 def repeated(path, value, rows):
     """A parquet file of some kilobytes that says in every row that it holds this value."""
-    image = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * rows, pyarrow.int32()), pyarrow.array([value]))
-    table = {"img": pyarrow.StructArray.from_arrays([image], ["bytes"]), "label": pyarrow.array([0] * rows)}
-    parquet.write_table(pyarrow.table(table), path / "test-0.parquet", compression="zstd", store_schema=False)
+    image = pyarrow.DictionaryArray.from_arrays(
+        pyarrow.array([0] * rows, pyarrow.int32()), pyarrow.array([value])
+    )
+    table = {
+        "img": pyarrow.StructArray.from_arrays([image], ["bytes"]),
+        "label": pyarrow.array([0] * rows),
+    }
+    parquet.write_table(
+        pyarrow.table(table), path / "test-0.parquet", compression="zstd", store_schema=False
+    )
     return data(path / "test-0.parquet")
 
 
@@ -605,13 +667,17 @@ def archive_with_code(path):
 @case("refused: the pickle asks for")
 def batch_with_code(path):
     (path / "cifar").mkdir()
-    (path / "cifar" / "test_batch").write_bytes(pickle.dumps({b"data": Calls(eval, "1"), b"labels": []}))
+    (path / "cifar" / "test_batch").write_bytes(
+        pickle.dumps({b"data": Calls(eval, "1"), b"labels": []})
+    )
     return data(path / "cifar")
 
 
 def batch(path, payload):
     (path / "cifar").mkdir()
-    (path / "cifar" / "test_batch").write_bytes(payload if isinstance(payload, bytes) else pickle.dumps(payload))
+    (path / "cifar" / "test_batch").write_bytes(
+        payload if isinstance(payload, bytes) else pickle.dumps(payload)
+    )
     return data(path / "cifar")
 
 
@@ -693,8 +759,18 @@ def archive_that_never_ends(path):
 
 def frame(**columns):
     """A frame of three layers, in which some columns are others."""
-    rows = [{"layer": i, "name": "conv", "norm": "bn", "stage": 1, "channels": 8, "std": 5.0} for i in (1, 2, 3)]
-    constants = {"network": "a", "kind": "other", "source": "batchnorm", "mean": 0.0, "within": 3.0, "between": 4.0}
+    rows = [
+        {"layer": i, "name": "conv", "norm": "bn", "stage": 1, "channels": 8, "std": 5.0}
+        for i in (1, 2, 3)
+    ]
+    constants = {
+        "network": "a",
+        "kind": "other",
+        "source": "batchnorm",
+        "mean": 0.0,
+        "within": 3.0,
+        "between": 4.0,
+    }
     return make_frame(rows, **constants).assign(**columns)
 
 
@@ -758,7 +834,9 @@ def frame_with_control_characters(path):
 @case("not a frame of analysis.responses")
 def frame_that_is_an_archive(path):
     with zipfile.ZipFile(path / "a.zip", "w") as file:
-        file.writestr(zipfile.ZipInfo("responses.csv"), frame().to_csv())  # of no date: the table stays the same
+        file.writestr(
+            zipfile.ZipInfo("responses.csv"), frame().to_csv()
+        )  # of no date: the table stays the same
     return compared(path, (path / "a.zip").read_bytes())
 
 
@@ -796,14 +874,16 @@ def code_among_what_is_compared(path):
 
 
 def trained(path, config="{}", metrics="iteration,lr,mean_std\n4,0.1,1\n", card="{}"):
-    """The words that draw a run, with other values in its recipe, as JSON, and in the card of its snapshot."""
+    """The words that draw a run, with other values in its recipe, as JSON, and in the card of its
+    snapshot.
+    """
     recipe = vars(Recipe("residual", 8, iterations=8))
     (path / "run" / "snapshots").mkdir(parents=True)
     (path / "run" / "config.json").write_text(json.dumps(recipe | json.loads(config)))
     (path / "run" / "metrics.csv").write_text(metrics)
     training = recipe | {"iteration": 4, "current_lr": 0.1} | json.loads(card)
     snapshot = path / "run" / "snapshots" / "iteration-4.safetensors"
-    checkpoints.save(snapshot, network(), PRESETS["imagenet"], crop_padding="zero", training=training)
+    loading.save(snapshot, network(), PRESETS["imagenet"], crop_padding="zero", training=training)
     return [dynamics, path / "run"]
 
 
@@ -899,7 +979,9 @@ def snapshot_cut_off(path):
 def snapshot_twice(path):
     words = trained(path)
     snapshots = path / "run" / "snapshots"
-    (snapshots / "iteration-5.safetensors").write_bytes((snapshots / "iteration-4.safetensors").read_bytes())
+    (snapshots / "iteration-5.safetensors").write_bytes(
+        (snapshots / "iteration-4.safetensors").read_bytes()
+    )
     return words
 
 
@@ -928,7 +1010,10 @@ def label_that_begins_like_a_formula(path):
 
 @case("is no label: 1 to 80 printable characters")
 def file_name_that_is_a_formula(path):
-    torch.save({"conv1.weight": torch.zeros(4, 3, 3, 3), "bn1.running_var": torch.ones(4)}, path / "=1+1.pth")
+    torch.save(
+        {"conv1.weight": torch.zeros(4, 3, 3, 3), "bn1.running_var": torch.ones(4)},
+        path / "=1+1.pth",
+    )
     return checkpoint(path / "=1+1.pth")
 
 
@@ -980,9 +1065,13 @@ def a_pipe_for_data(path):
 
 
 def run(name, folder):
-    """Run a case's command in a folder: its exit status, and the bytes by which the process grew at most."""
+    """Run a case's command in a folder: its exit status, and the bytes by which the process grew at
+    most.
+    """
     module, *words = CASES[name][0](folder)
-    module, words = (module, words) if module in (compare, dynamics) else (responses, [module, *words])
+    module, words = (
+        (module, words) if module in (compare, dynamics) else (responses, [module, *words])
+    )
     words = [str(word) for word in words]
     if "--out" not in words:
         words += ["--out", str(folder / "out")]
@@ -1009,7 +1098,11 @@ def test_one_line_and_nothing_else(name, tmp_path, capsys):
     assert not [character for character in shown if ord(character) < 32 and character != "\n"]
     assert memory < MEMORY
     assert not list(tmp_path.glob("out/*"))
-    assert not [place for place in (Path(), Path("/tmp"), tmp_path.parent, ROOT) if (place / "evil").exists()]
+    assert not [
+        place
+        for place in (Path(), Path("/tmp"), tmp_path.parent, ROOT)
+        if (place / "evil").exists()
+    ]
 
 
 def test_the_table_is_complete():
@@ -1027,7 +1120,9 @@ def write_table():
         with tempfile.TemporaryDirectory() as folder, streams[0], streams[1]:
             status, _ = run(name, Path(folder))
         message = shown.getvalue().splitlines()[-1].replace(folder, "...").replace("|", "\\|")
-        rows.append(f"| {name} | {status} | `{message if len(message) < 300 else message[:300] + ' ...'}` |")
+        rows.append(
+            f"| {name} | {status} | `{message if len(message) < 300 else message[:300] + ' ...'}` |"
+        )
     head = "# Hostile and careless input\n\nMade by `python -m tests.test_hostile`.\n\n| input | status | message |\n"
     DOCUMENT.write_text(head + "| --- | --- | --- |\n" + "\n".join(rows) + "\n")
 

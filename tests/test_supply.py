@@ -27,9 +27,13 @@ SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(s
 
 def run(*words, cwd, **environment):
     result = subprocess.run(
-        [sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True, check=False,
+        [sys.executable, *map(str, words)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
         env={**os.environ, "PYTHONPATH": "", **environment},
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -59,29 +63,45 @@ def built(tmp_path_factory):
         except PackageNotFoundError:
             found = "0"
         if int(found.split(".")[0]) < lowest:
-            pytest.skip(f"{package} {lowest} or newer is not installed here, and nothing is downloaded")
+            pytest.skip(
+                f"{package} {lowest} or newer is not installed here, and nothing is downloaded"
+            )
     folder = tmp_path_factory.mktemp("supply")
     checkout = folder / "checkout"  # builds leave folders behind, and take in what former ones left
     for package in (*PACKAGES, "tests"):
-        shutil.copytree(ROOT / package, checkout / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / package, checkout / package, ignore=shutil.ignore_patterns("__pycache__")
+        )
     for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, checkout)
     run("-c", SDIST, folder, cwd=checkout)
     [sdist] = folder.glob("*.tar.gz")
-    return checkout, sdist, wheel(sdist, folder / "from-sdist"), wheel(checkout, folder / "from-checkout")
+    return (
+        checkout,
+        sdist,
+        wheel(sdist, folder / "from-sdist"),
+        wheel(checkout, folder / "from-checkout"),
+    )
 
 
 def test_wheel_and_sdist_hold_the_same_files_and_all_of_them(built):
     checkout, sdist, from_sdist, from_checkout = built
     assert contents(from_sdist) == contents(from_checkout)
-    files = [path for package in PACKAGES for path in (checkout / package).rglob("*") if path.suffix in SHIPPED]
+    files = [
+        path
+        for package in PACKAGES
+        for path in (checkout / package).rglob("*")
+        if path.suffix in SHIPPED
+    ]
     needed = {str(path.relative_to(checkout)) for path in files}
     assert {path.suffix for path in files} == SHIPPED
     assert needed <= set(contents(from_sdist))
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert needed | {"pyproject.toml", "README.md", "LICENSE"} <= names
-    assert [name for name in names if name.startswith("tests")] == []  # a part of them would not run
+    assert [
+        name for name in names if name.startswith("tests")
+    ] == []  # a part of them would not run
 
 
 def test_what_is_installed_runs_elsewhere_with_its_own_files(built, tmp_path):

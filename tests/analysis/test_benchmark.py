@@ -9,10 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from analysis import benchmark, hooks
+from analysis import benchmark
+from analysis.baselines import PLAIN, PLAIN_BFLOAT16, WAYS, two_pass
 from analysis.benchmark import COLUMNS, Job, layer_error, load_images, main, make_parser, table
-from analysis.ways import PLAIN, PLAIN_BFLOAT16, WAYS, two_pass
-from models import build, probe, zoo
+from analysis.measuring import measurement as hooks
+from models import build, zoo
+from models.data import probe
 from tests.conftest import ROOT
 
 MEASURING = [way for way in WAYS if way not in (PLAIN, PLAIN_BFLOAT16, "torchlens")]
@@ -23,7 +25,9 @@ def small():
     """A network, its BNs in forward order, and batches of images."""
     torch.manual_seed(0)
     network = build("resnet-8").eval()
-    names = [name for name, module in network.named_modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    names = [
+        name for name, module in network.named_modules() if isinstance(module, torch.nn.BatchNorm2d)
+    ]
     return network, names, torch.randn(10, 3, 32, 32).split(4)
 
 
@@ -49,7 +53,9 @@ def test_the_reference_is_the_std_of_all_values(small):
     stored = {name: [] for name in names}
     for name in names:
         module = network.get_submodule(name)
-        module.register_forward_hook(lambda m, args, y, name=name: stored[name].append(y.detach().double()))
+        module.register_forward_hook(
+            lambda m, args, y, name=name: stored[name].append(y.detach().double())
+        )
     expected = two_pass(network, names, lambda: batches)
     for module in network.modules():
         module._forward_hooks.clear()
@@ -81,13 +87,17 @@ def test_torchlens_where_it_is_installed(small, monkeypatch):
     def trace(model, x):
         outputs = {}
         for name in names:
-            hook = lambda m, args, y, name=name: outputs.update({name: types.SimpleNamespace(out=y)})  # noqa: E731
+            hook = lambda m, args, y, name=name: outputs.update(  # noqa: E731
+                {name: types.SimpleNamespace(out=y)}
+            )
             model.get_submodule(name).register_forward_hook(hook)
         model(x)
         return types.SimpleNamespace(modules=outputs)
 
     monkeypatch.setitem(sys.modules, "torchlens", types.SimpleNamespace(trace=trace))
-    assert WAYS["torchlens"](network, names, batches) == pytest.approx(two_pass(network, names, lambda: batches))
+    assert WAYS["torchlens"](network, names, batches) == pytest.approx(
+        two_pass(network, names, lambda: batches)
+    )
     for module in network.modules():
         module._forward_hooks.clear()
 
@@ -97,13 +107,31 @@ def test_torchlens_where_it_is_installed(small, monkeypatch):
 
 def test_a_table_a_csv_and_a_figure(tmp_path, capsys, same_process, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchlens", None)  # as if it were not installed
-    assert run(tmp_path, "--networks", "resnet-8", "--images", "5", "--batch-size", "2", "--repeats", "2") == 0
+    assert (
+        run(
+            tmp_path,
+            "--networks",
+            "resnet-8",
+            "--images",
+            "5",
+            "--batch-size",
+            "2",
+            "--repeats",
+            "2",
+        )
+        == 0
+    )
     frame = pd.read_csv(tmp_path / "out" / "benchmark.csv", keep_default_na=True)
     assert tuple(frame.columns) == COLUMNS
     assert frame["way"].tolist() == list(WAYS)
     frame = frame.set_index("way")
     assert set(frame["network"]) == {"resnet-8"}
-    facts = frame[["device", "threads", "images", "batch_size", "repeats"]].drop_duplicates().to_numpy().tolist()
+    facts = (
+        frame[["device", "threads", "images", "batch_size", "repeats"]]
+        .drop_duplicates()
+        .to_numpy()
+        .tolist()
+    )
     assert facts == [["cpu", 1, 5, 2, 2]]
     assert frame["note"]["torchlens"] == "not installed"
     assert pd.isna(frame["ratio"]["torchlens"])
@@ -114,22 +142,32 @@ def test_a_table_a_csv_and_a_figure(tmp_path, capsys, same_process, monkeypatch)
     assert (ran["seconds"] <= ran["seconds_max"]).all()
     assert ran["above_plain_mb"].tolist() == (ran["peak_mb"] - ran["peak_mb"][PLAIN]).tolist()
     assert pd.isna(frame["error"][PLAIN])
-    assert (ran.loc[["this toolkit, float32", "float64 sums", "store, then std"], "error"] < 1e-5).all()
+    assert (
+        ran.loc[["this toolkit, float32", "float64 sums", "store, then std"], "error"] < 1e-5
+    ).all()
     assert 1e-5 < ran["error"]["this toolkit, bfloat16"] < 0.02
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "benchmark.csv", "benchmark.pdf", "benchmark.png"
-    ]  # fmt: skip
+        "benchmark.csv",
+        "benchmark.pdf",
+        "benchmark.png",
+    ]
     printed = capsys.readouterr().out
     assert "resnet-8: 5 images, 2 at a time, 2 rounds, cpu, 1 threads" in printed
     assert printed.count("wrote ") == 3
 
 
 def test_ratios_are_of_medians(tmp_path, same_process, monkeypatch):
-    """Seconds by a clock that jumps: 10, 2 and 3 for the plain forward pass, 4, 6 and 100 for the other."""
+    """Seconds by a clock that jumps: 10, 2 and 3 for the plain forward pass, 4, 6 and 100 for the
+    other.
+    """
     ticks = [10, 4, 2, 6, 3, 100]
     clock = [float(time) for n in range(len(ticks)) for time in (1000 * n, 1000 * n + ticks[n])]
     monkeypatch.setattr(benchmark, "perf_counter", lambda: clock.pop(0))
-    monkeypatch.setattr(benchmark, "why_not", lambda way, job, layers: "" if way in (PLAIN, "float64 sums") else "no")
+    monkeypatch.setattr(
+        benchmark,
+        "why_not",
+        lambda way, job, layers: "" if way in (PLAIN, "float64 sums") else "no",
+    )
     job = Job("resnet-8", 4, 4, None, "cpu", torch.get_num_threads())
     rows = {row["way"]: row for row in benchmark.measure_job(job, 3)}
     assert clock == []
@@ -144,7 +182,9 @@ def test_all_ways_run_without_tf32(tmp_path, monkeypatch):
     seen = []
 
     def look(job, repeats):
-        seen.extend(getattr(backend, setting) == value for backend, setting, value in hooks.tf32_settings())
+        seen.extend(
+            getattr(backend, setting) == value for backend, setting, value in hooks.tf32_settings()
+        )
         raise ValueError("enough")
 
     monkeypatch.setattr(benchmark, "measure_job", look)
@@ -154,10 +194,25 @@ def test_all_ways_run_without_tf32(tmp_path, monkeypatch):
 
 
 def test_the_table():
-    row = {"network": "resnet-8", "images": 2000, "batch_size": 32, "repeats": 3, "device": "cpu", "threads": 2}
-    known = {"seconds": 2.0, "seconds_min": 1.9, "seconds_max": 2.5, "ratio": 0.875, "images_per_s": 1000.0}
+    row = {
+        "network": "resnet-8",
+        "images": 2000,
+        "batch_size": 32,
+        "repeats": 3,
+        "device": "cpu",
+        "threads": 2,
+    }
+    known = {
+        "seconds": 2.0,
+        "seconds_min": 1.9,
+        "seconds_max": 2.5,
+        "ratio": 0.875,
+        "images_per_s": 1000.0,
+    }
     rows = [
-        row | known | {"way": "one", "peak_mb": 400.4, "above_plain_mb": -3.2, "error": 2.34e-7, "note": ""},
+        row
+        | known
+        | {"way": "one", "peak_mb": 400.4, "above_plain_mb": -3.2, "error": 2.34e-7, "note": ""},
         row | {"way": "two", "note": "not installed"},
     ]
     assert table(pd.DataFrame(rows, columns=list(COLUMNS))).splitlines() == [
@@ -184,7 +239,17 @@ def test_memory_is_that_of_another_process():
 
 def test_the_command_itself(tmp_path):
     """Started as users start it, when its own classes are those of __main__."""
-    command = [sys.executable, "-m", "analysis.benchmark", "--networks", "resnet-8", "--images", "4", "--repeats", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "analysis.benchmark",
+        "--networks",
+        "resnet-8",
+        "--images",
+        "4",
+        "--repeats",
+        "1",
+    ]
     subprocess.run([*command, "--out", tmp_path], check=True, capture_output=True, cwd=ROOT)
     table = pd.read_csv(tmp_path / "benchmark.csv").set_index("way").drop("torchlens")
     assert table.index.tolist() == [way for way in WAYS if way != "torchlens"]
@@ -198,7 +263,10 @@ def test_what_fails_in_another_process_is_noted(monkeypatch, tmp_path):
     elsewhere.mkdir()
     (elsewhere / "torchlens.py").write_text(trace)
     monkeypatch.syspath_prepend(elsewhere)
-    assert benchmark.peak_of(Job("resnet-8", 4, 4, None, "cpu", 1), "torchlens", []) == (None, "OSError: MainProcess")
+    assert benchmark.peak_of(Job("resnet-8", 4, 4, None, "cpu", 1), "torchlens", []) == (
+        None,
+        "OSError: MainProcess",
+    )
 
 
 def test_a_process_that_is_killed_has_no_peak(monkeypatch, tmp_path):
@@ -244,11 +312,18 @@ def test_cifar10_where_it_is_named(tmp_path, same_process, capsys):
 
 
 def test_the_probe_set_where_it_is_named(tmp_path, same_process, capsys):
-    assert np.array_equal(load_images(Job("resnet-8", 2, 8, Path("probe"), "cpu", 1)), probe.load().images[:2])
+    assert np.array_equal(
+        load_images(Job("resnet-8", 2, 8, Path("probe"), "cpu", 1)), probe.load().images[:2]
+    )
     assert run(tmp_path, "--networks", "resnet-8", "--data", "probe", "--images", "9000") == 2
-    assert capsys.readouterr().err == f"error: --images 9000: there are {len(probe.load())} images in probe\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: --images 9000: there are {len(probe.load())} images in probe\n"
+    )
     args = make_parser().parse_args(["--data", "probe"])
-    assert benchmark.make_job(args, "resnet-8").images == len(probe.load())  # fewer than the default
+    assert benchmark.make_job(args, "resnet-8").images == len(
+        probe.load()
+    )  # fewer than the default
     assert run(tmp_path, "--networks", "resnet-8", "--data", "cifar10") == 2
     assert capsys.readouterr().err.startswith("error: no CIFAR-10 test images found: tried ")
 
@@ -256,9 +331,18 @@ def test_the_probe_set_where_it_is_named(tmp_path, same_process, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--networks", "resnet-9"], "error: no CIFAR-10 network has 9 layers: a depth is 6n + 2; the nearest are 8 "),
-        (["--networks", "resnet-8", "lenet"], "error: unknown network 'lenet': the names are resnet-DEPTH and "),
-        (["--networks", "resnet-8", "--data", "nowhere"], "error: nowhere: no such file or folder; --data takes "),
+        (
+            ["--networks", "resnet-9"],
+            "error: no CIFAR-10 network has 9 layers: a depth is 6n + 2; the nearest are 8 ",
+        ),
+        (
+            ["--networks", "resnet-8", "lenet"],
+            "error: unknown network 'lenet': the names are resnet-DEPTH and ",
+        ),
+        (
+            ["--networks", "resnet-8", "--data", "nowhere"],
+            "error: nowhere: no such file or folder; --data takes ",
+        ),
         (["--out", "/proc/nowhere"], "error: --out /proc/nowhere: "),
     ],
 )
@@ -296,9 +380,9 @@ def test_numbers_are_positive(capsys):
 
 
 def test_help_imports_no_torch():
-    script = (
-        "import sys; sys.argv = ['x', '--help']\nfrom analysis.benchmark import main\ntry: main()\nexcept SystemExit"
-    )
+    script = "import sys; sys.argv = ['x', '--help']\nfrom analysis.benchmark import main\ntry: main()\nexcept SystemExit"
     script += ": print(sorted({'torch', 'pandas', 'matplotlib'} & set(sys.modules)))"
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert run.stdout.splitlines()[-1] == "[]"

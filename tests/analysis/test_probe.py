@@ -4,14 +4,17 @@ import pytest
 import torch
 from PIL import Image
 
-from analysis import measure, synthesis
+from analysis import measure
 from analysis.probe import SHIPPED, main, nearest, parts_of
-from analysis.synthesis import Goal
-from models import build, checkpoints, cifar10, probe
+from analysis.probe_set import synthesis
+from analysis.probe_set.synthesis import Goal
+from models import build
+from models.checkpoints import loading
+from models.data import cifar10, probe
+from models.data.preprocessing import PRESETS
 from models.files import sha256
-from models.preprocess import PRESETS
 from tests.analysis.test_responses import images  # noqa: F401 (a fixture)
-from tests.models.test_recognition import blobs, record
+from tests.models.checkpoints.test_recognition import blobs, record
 
 
 @pytest.fixture
@@ -22,10 +25,18 @@ def words(images, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr("analysis.probe.CANDIDATES", 2)
     for name in ("resnet-8", "plain-8"):
         network = record(build(name), PRESETS["imagenet"](blobs(40, seed=0)))
-        checkpoints.save(
-            tmp_path / f"{name}.safetensors", network, PRESETS["imagenet"], crop_padding="none", training={}
+        loading.save(
+            tmp_path / f"{name}.safetensors",
+            network,
+            PRESETS["imagenet"],
+            crop_padding="none",
+            training={},
         )
-    networks = (tmp_path / "resnet-8.safetensors", "--held-out", f"other={tmp_path / 'plain-8.safetensors'}")
+    networks = (
+        tmp_path / "resnet-8.safetensors",
+        "--held-out",
+        f"other={tmp_path / 'plain-8.safetensors'}",
+    )
     return (*networks, "--data", images, "--count", 70, "--rounds", 2)
 
 
@@ -37,7 +48,11 @@ def test_the_command(words, tmp_path, capsys):
     assert run(*words, "--out", tmp_path / "out") == 0
     printed = capsys.readouterr().out
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
-        "probe.csv", "probe.pdf", "probe.png", "probe.webp"]  # fmt: skip
+        "probe.csv",
+        "probe.pdf",
+        "probe.png",
+        "probe.webp",
+    ]
     data = probe.load(tmp_path / "out" / "probe.webp")
     assert data.images.shape == (70, 32, 32, 3)
     assert len(np.unique(data.images.reshape(70, -1), axis=0)) == 70
@@ -49,8 +64,14 @@ def test_the_command(words, tmp_path, capsys):
         assert entry["mean"] == pytest.approx(table.loc[name, "mean"])
         assert f"{100 * entry['mean']:.1f}" in printed
     assert data.card["versions"]["torch"] == torch.__version__
-    assert {key: data.card[key] for key in ("count", "rounds", "seed")} == {"count": 70, "rounds": 2, "seed": 0}
-    assert "the nearest of CIFAR-10's 80 images is " in printed  # a folder without splits is taken for both
+    assert {key: data.card[key] for key in ("count", "rounds", "seed")} == {
+        "count": 70,
+        "rounds": 2,
+        "seed": 0,
+    }
+    assert (
+        "the nearest of CIFAR-10's 80 images is " in printed
+    )  # a folder without splits is taken for both
 
 
 def test_a_shipped_network_has_more_weight(words, tmp_path, monkeypatch):
@@ -91,7 +112,7 @@ def test_beside_them_stand_those_of_as_many_real_images(words, images, tmp_path)
     words = [20 if word == 70 else word for word in words]  # two parts of 20 images
     assert run(*words, "--out", tmp_path / "out") == 0
     entry = probe.load(tmp_path / "out" / "probe.webp").card["networks"]["other"]
-    network, test = checkpoints.load(tmp_path / "plain-8.safetensors").model, cifar10.load(images)
+    network, test = loading.load(tmp_path / "plain-8.safetensors").model, cifar10.load(images)
 
     def stds(images):
         return measure(network, [PRESETS["imagenet"](images)])["std"].to_numpy()
@@ -109,13 +130,17 @@ def test_beside_them_stand_those_of_as_many_real_images(words, images, tmp_path)
     assert {name: entry[name] for name in expected} == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize(("count", "sizes"), [(9, [10, 10, 10, 10]), (11, [14, 13, 13]), (70, [20, 20])])
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(9, [10, 10, 10, 10]), (11, [14, 13, 13]), (70, [20, 20])]
+)
 def test_parts_are_all_of_the_test_set(count, sizes, images):  # noqa: F811
     """Not in the order of the files, which may be that of the classes."""
     test = cifar10.load(images)
     parts = parts_of(test, count, seed=0)
     assert [len(part) for part in parts] == sizes
-    assert cifar10.digest(np.concatenate([part.images for part in parts]), None) == cifar10.digest(test.images, None)
+    assert cifar10.digest(np.concatenate([part.images for part in parts]), None) == cifar10.digest(
+        test.images, None
+    )
     assert not np.array_equal(parts[0].images, test.images[: sizes[0]])
 
 
@@ -135,12 +160,18 @@ def test_it_goes_on_where_it_was_interrupted(words, tmp_path, capsys, monkeypatc
     assert [file.name for file in (tmp_path / "parts").iterdir()] == ["state.pt"]
     capsys.readouterr()
     assert run(*words, "--seed", 1, "--out", tmp_path / "parts") == 2
-    assert "state.pt: images in the making with other seed; name another --out" in capsys.readouterr().err
+    assert (
+        "state.pt: images in the making with other seed; name another --out"
+        in capsys.readouterr().err
+    )
     with monkeypatch.context() as patch:  # it has more weight once it is shipped
         patch.setattr("models.zoo.shipped", lambda: ["resnet-8"])
         patch.setattr("models.zoo.find", lambda name: tmp_path / f"{name}.safetensors")
         assert run(*words, "--out", tmp_path / "parts") == 2
-        assert "state.pt: images in the making with other weights; name another --out" in capsys.readouterr().err
+        assert (
+            "state.pt: images in the making with other weights; name another --out"
+            in capsys.readouterr().err
+        )
     assert run(*words, "--out", tmp_path / "parts") == 0
     assert "state.pt: going on after step 2 of 4" in capsys.readouterr().out
     whole, parts = (probe.load(tmp_path / name / "probe.webp") for name in ("whole", "parts"))
@@ -174,10 +205,14 @@ def test_without_cifar10_it_is_an_error(words, tmp_path, capsys):
 def test_nearest_neighbours():
     others = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
     mirrored = others[7, :, ::-1].astype(int)
-    distances, numbers = nearest(np.stack([others[3], np.clip(mirrored + 3, 0, 255).astype(np.uint8)]), others)
+    distances, numbers = nearest(
+        np.stack([others[3], np.clip(mirrored + 3, 0, 255).astype(np.uint8)]), others
+    )
     assert numbers[:, 0].tolist() == [3, 7]
     assert distances[0, 0] == pytest.approx(0, abs=0.5)
     assert distances[1, 0] == pytest.approx(3, abs=0.1)
     expected = np.sqrt(np.mean((others[3] - others[numbers[0, 1]].astype(float)) ** 2))
-    straight = min(expected, np.sqrt(np.mean((others[3, :, ::-1] - others[numbers[0, 1]].astype(float)) ** 2)))
+    straight = min(
+        expected, np.sqrt(np.mean((others[3, :, ::-1] - others[numbers[0, 1]].astype(float)) ** 2))
+    )
     assert distances[0, 1] == pytest.approx(straight, rel=1e-3)

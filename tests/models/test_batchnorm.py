@@ -27,18 +27,33 @@ def test_the_formula_on_numbers_worked_out_by_hand():
         norm.bias.copy_(torch.tensor([1.0, 3.0]))
         norm.running_var.copy_(torch.tensor([1.0, 3.0]))
     [row] = closed_form(network).to_dict("records")  # variances 4 * 1/2 = 2 and 16 * 3/4 = 12
-    assert row == {"layer": 1, "name": "0", "norm": "1", "stage": 1, "channels": 2, "std": pytest.approx(8**0.5),
-                   "within": pytest.approx(7**0.5), "between": 1.0, "mean": 2.0}  # fmt: skip
+    assert row == {
+        "layer": 1,
+        "name": "0",
+        "norm": "1",
+        "stage": 1,
+        "channels": 2,
+        "std": pytest.approx(8**0.5),
+        "within": pytest.approx(7**0.5),
+        "between": 1.0,
+        "mean": 2.0,
+    }
 
 
 @torch.no_grad()
 def adopt_statistics(network, x):
-    """Layer by layer, in forward order and in evaluation mode: each BN takes the statistics of its input."""
+    """Layer by layer, in forward order and in evaluation mode: each BN takes the statistics of its
+    input.
+    """
 
     def adopt(norm, args):
         norm.running_var, norm.running_mean = torch.var_mean(args[0], dim=(0, 2, 3), correction=0)
 
-    handles = [m.register_forward_pre_hook(adopt) for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    handles = [
+        m.register_forward_pre_hook(adopt)
+        for m in network.modules()
+        if isinstance(m, nn.BatchNorm2d)
+    ]
     network(x)
     for handle in handles:
         handle.remove()
@@ -51,18 +66,27 @@ def check_that_the_formula_is_exact(network, x):
     for column in ("layer", "name", "norm", "stage", "channels"):
         assert formula[column].tolist() == measured[column].tolist()
     for column in ("mean", "std", "within", "between"):
-        assert formula[column].to_numpy() == pytest.approx(measured[column].to_numpy(), rel=1e-9, abs=1e-12)
+        assert formula[column].to_numpy() == pytest.approx(
+            measured[column].to_numpy(), rel=1e-9, abs=1e-12
+        )
     return len(formula)
 
 
-@pytest.mark.parametrize(("name", "shortcut", "layers"), [("resnet-14", "B", 13), ("plain-8", None, 7)])
+@pytest.mark.parametrize(
+    ("name", "shortcut", "layers"), [("resnet-14", "B", 13), ("plain-8", None, 7)]
+)
 def test_it_is_what_hooks_measure_where_bn_has_the_statistics_of_the_images(name, shortcut, layers):
     network = randomise(build(name, shortcut=shortcut))
-    assert check_that_the_formula_is_exact(network, torch.randn(32, 3, 32, 32, dtype=torch.float64)) == layers
+    assert (
+        check_that_the_formula_is_exact(network, torch.randn(32, 3, 32, 32, dtype=torch.float64))
+        == layers
+    )
 
 
 @pytest.mark.parametrize("depth", [20, 56])
-def test_it_is_what_hooks_measure_of_the_public_checkpoints_with_such_statistics(depth, akamaster, real_test):
+def test_it_is_what_hooks_measure_of_the_public_checkpoints_with_such_statistics(
+    depth, akamaster, real_test
+):
     checkpoint = load(akamaster[depth], normalize="imagenet")
     x = checkpoint.preprocessing(real_test.images[:50]).double()
     assert check_that_the_formula_is_exact(checkpoint.model, x) == depth - 1
@@ -90,7 +114,9 @@ def test_a_bn_without_what_it_is_computed_from(names, message):
 
 
 def test_other_kernels_are_left_out():
-    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5))
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5)
+    )
     assert closed_form(network)["name"].tolist() == ["2"]
 
 
@@ -112,33 +138,43 @@ def conv(*channels, kernel=3, groups=1):
 
 
 def test_a_sequence():
-    state = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), nn.ReLU(), conv(4, 6), nn.BatchNorm2d(6)).state_dict()
+    state = nn.Sequential(
+        conv(3, 4), nn.BatchNorm2d(4), nn.ReLU(), conv(4, 6), nn.BatchNorm2d(6)
+    ).state_dict()
     assert names(state) == ([("0", "1"), ("3", "4")], [])
 
 
 def test_convolutions_registered_before_all_bns_are_paired_by_name_and_called_ambiguous_where_order_says_otherwise():
-    state = module(conv1=conv(3, 4), conv2=conv(4, 4), bn1=nn.BatchNorm2d(4), bn2=nn.BatchNorm2d(4)).state_dict()
+    state = module(
+        conv1=conv(3, 4), conv2=conv(4, 4), bn1=nn.BatchNorm2d(4), bn2=nn.BatchNorm2d(4)
+    ).state_dict()
     assert names(state) == ([("conv1", "bn1"), ("conv2", "bn2")], ["conv1 -> bn1"])
 
 
 def test_a_dense_layer_where_bn_comes_before_the_convolution_of_its_name():
     """DenseNet: norm1, conv1, norm2, conv2; only conv1's output goes into a BN."""
-    layer = module(norm1=nn.BatchNorm2d(3), conv1=conv(3, 4), norm2=nn.BatchNorm2d(4), conv2=conv(4, 8))
+    layer = module(
+        norm1=nn.BatchNorm2d(3), conv1=conv(3, 4), norm2=nn.BatchNorm2d(4), conv2=conv(4, 8)
+    )
     assert names(layer.state_dict()) == ([("conv1", "norm2")], [])
 
 
 def test_a_pre_activation_network_is_called_ambiguous():
     """The last convolution of a block feeds an addition, though a BN comes next in the file."""
     blocks = [
-        module(bn1=nn.BatchNorm2d(4), conv1=conv(4, 4), bn2=nn.BatchNorm2d(4), conv2=conv(4, 4)) for _ in range(2)
+        module(bn1=nn.BatchNorm2d(4), conv1=conv(4, 4), bn2=nn.BatchNorm2d(4), conv2=conv(4, 4))
+        for _ in range(2)
     ]
     assert names(nn.Sequential(*blocks).state_dict()) == (
-        [("0.conv1", "0.bn2"), ("0.conv2", "1.bn1"), ("1.conv1", "1.bn2")], ["0.conv2 -> 1.bn1"]
-    )  # fmt: skip
+        [("0.conv1", "0.bn2"), ("0.conv2", "1.bn1"), ("1.conv1", "1.bn2")],
+        ["0.conv2 -> 1.bn1"],
+    )
     for stage in (blocks[0], module(last=blocks[0])):
         whole = module(layer=stage, bn=nn.BatchNorm2d(4))
         found, ambiguous = names(whole.state_dict())
-        assert [f"{conv} -> {norm}" for conv, norm in found[1:]] == ambiguous  # the last BN, outside of all blocks
+        assert [
+            f"{conv} -> {norm}" for conv, norm in found[1:]
+        ] == ambiguous  # the last BN, outside of all blocks
         assert ambiguous[0].endswith(".conv2 -> bn")
 
 
@@ -160,24 +196,35 @@ def test_a_stem_of_three_convolutions():
 
 
 def test_other_channels_are_no_pair():
-    state = module(conv1=conv(3, 4), bn1=nn.BatchNorm2d(5), conv2=conv(4, 6), bn2=nn.BatchNorm2d(6)).state_dict()
+    state = module(
+        conv1=conv(3, 4), bn1=nn.BatchNorm2d(5), conv2=conv(4, 6), bn2=nn.BatchNorm2d(6)
+    ).state_dict()
     assert names(state) == ([("conv2", "bn2")], [])
 
 
 def test_any_kernel_can_be_asked_for():
-    state = module(conv1=conv(3, 4, kernel=7), bn1=nn.BatchNorm2d(4), conv2=conv(4, 6, groups=2), bn2=nn.BatchNorm2d(6))
+    state = module(
+        conv1=conv(3, 4, kernel=7),
+        bn1=nn.BatchNorm2d(4),
+        conv2=conv(4, 6, groups=2),
+        bn2=nn.BatchNorm2d(6),
+    )
     assert names(state.state_dict(), kernel_size=(7, 7)) == ([("conv1", "bn1")], [])
     with pytest.raises(ValueError, match="no 5x5 convolution followed by a BN"):
         closed_form(state, kernel_size=(5, 5))
 
 
 def test_a_bn_without_affine_parameters():
-    [row] = closed_form(nn.Sequential(conv(3, 4), nn.BatchNorm2d(4, affine=False))).to_dict("records")
+    [row] = closed_form(nn.Sequential(conv(3, 4), nn.BatchNorm2d(4, affine=False))).to_dict(
+        "records"
+    )
     assert (row["std"], row["between"]) == (pytest.approx(1, rel=1e-4), 0)
 
 
 def test_nothing_to_compute_names_the_keys():
-    with pytest.raises(ValueError, match=r"no 3x3 convolution followed by a BN .* keys: 0.weight, 0.bias"):
+    with pytest.raises(
+        ValueError, match=r"no 3x3 convolution followed by a BN .* keys: 0.weight, 0.bias"
+    ):
         closed_form(nn.Sequential(nn.Linear(2, 2)))
 
 
@@ -205,19 +252,31 @@ def test_the_order_in_which_safetensors_loads_a_file(tmp_path):
 
 @pytest.mark.parametrize("order", [list, sorted])
 def test_names_of_transformers(order):
-    """resnet.encoder.stages.0.layers.0.layer.1.convolution and .normalization, as in microsoft/resnet-50."""
+    """resnet.encoder.stages.0.layers.0.layer.1.convolution and .normalization, as in
+    microsoft/resnet-50.
+    """
 
     def layer(*channels, kernel=3):
-        return module(convolution=conv(*channels, kernel=kernel), normalization=nn.BatchNorm2d(channels[1]))
+        return module(
+            convolution=conv(*channels, kernel=kernel), normalization=nn.BatchNorm2d(channels[1])
+        )
 
     def block(channels, width, out):
         parts = {"shortcut": layer(channels, out, kernel=1)} if channels != out else {}
         branch = layer(channels, width, kernel=1), layer(width, width), layer(width, out, kernel=1)
         return module(**parts, layer=nn.Sequential(*branch))
 
-    stages = nn.Sequential(nn.Sequential(block(4, 4, 8), block(8, 4, 8)), nn.Sequential(block(8, 8, 16)))
-    state = randomise(module(embedder=layer(3, 4, kernel=7), encoder=module(stages=stages))).state_dict()
-    layers = ["encoder.stages.0.0.layer.1", "encoder.stages.0.1.layer.1", "encoder.stages.1.0.layer.1"]
+    stages = nn.Sequential(
+        nn.Sequential(block(4, 4, 8), block(8, 4, 8)), nn.Sequential(block(8, 8, 16))
+    )
+    state = randomise(
+        module(embedder=layer(3, 4, kernel=7), encoder=module(stages=stages))
+    ).state_dict()
+    layers = [
+        "encoder.stages.0.0.layer.1",
+        "encoder.stages.0.1.layer.1",
+        "encoder.stages.1.0.layer.1",
+    ]
     pairs = [(f"{name}.convolution", f"{name}.normalization") for name in layers]
     assert names({name: state[name] for name in order(state)}) == (pairs, [])
 
@@ -226,10 +285,15 @@ def test_names_of_transformers(order):
 def test_lists_of_convolutions_and_of_bns(order):
     """Res2Net: convs.0 to convs.2, then bns.0 to bns.2."""
     convs, bns = (
-        nn.Sequential(*(make() for _ in range(3))) for make in (lambda: conv(4, 4), lambda: nn.BatchNorm2d(4))
+        nn.Sequential(*(make() for _ in range(3)))
+        for make in (lambda: conv(4, 4), lambda: nn.BatchNorm2d(4))
     )
-    state = module(conv1=conv(3, 4, kernel=1), bn1=nn.BatchNorm2d(4), convs=convs, bns=bns).state_dict()
-    assert names({name: state[name] for name in order(state)})[0] == [(f"convs.{i}", f"bns.{i}") for i in range(3)]
+    state = module(
+        conv1=conv(3, 4, kernel=1), bn1=nn.BatchNorm2d(4), convs=convs, bns=bns
+    ).state_dict()
+    assert names({name: state[name] for name in order(state)})[0] == [
+        (f"convs.{i}", f"bns.{i}") for i in range(3)
+    ]
 
 
 @pytest.mark.parametrize("order", [list, sorted])
@@ -268,7 +332,9 @@ def test_a_pre_activation_network_sorted_by_name():
         norm1, norm2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(out)
         return module(norm1=norm1, conv1=conv(channels, out), norm2=norm2, conv2=conv(out, out))
 
-    whole = module(conv0=conv(3, 4), layer=nn.Sequential(block(4, 4), block(4, 8)), norm=nn.BatchNorm2d(8))
+    whole = module(
+        conv0=conv(3, 4), layer=nn.Sequential(block(4, 4), block(4, 8)), norm=nn.BatchNorm2d(8)
+    )
     found = closed_form(dict(sorted(whole.state_dict().items())))
     pairs = [f"{conv} -> {norm}" for conv, norm in zip(found["name"], found["norm"], strict=True)]
     right = ["layer.0.conv1 -> layer.0.norm2", "layer.1.conv1 -> layer.1.norm2"]
@@ -277,7 +343,9 @@ def test_a_pre_activation_network_sorted_by_name():
 
 
 def test_convolutions_that_no_bn_follows_are_listed():
-    state = module(conv1=conv(3, 4), bn1=nn.BatchNorm2d(4), conv2=conv(4, 6), head=conv(6, 3, kernel=1)).state_dict()
+    state = module(
+        conv1=conv(3, 4), bn1=nn.BatchNorm2d(4), conv2=conv(4, 6), head=conv(6, 3, kernel=1)
+    ).state_dict()
     assert closed_form(state).attrs["unpaired"] == ["conv2"]
 
 

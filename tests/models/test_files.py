@@ -38,11 +38,19 @@ def test_sha256(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed_when_it_is_old(tmp_path):
-    names = [".file-0123abcd.txt", ".file-4567abcd.txt", ".file-0123abcd.csv", ".files-0123abcd.txt", ".file-mine.txt"]
+    names = [
+        ".file-0123abcd.txt",
+        ".file-4567abcd.txt",
+        ".file-0123abcd.csv",
+        ".files-0123abcd.txt",
+        ".file-mine.txt",
+    ]
     for name in names:
         (tmp_path / name).touch()
         old = (tmp_path / name).stat().st_mtime - FORGOTTEN - 1
-        os.utime(tmp_path / name, (old, old) if name != names[1] else None)  # that one may still be written
+        os.utime(
+            tmp_path / name, (old, old) if name != names[1] else None
+        )  # that one may still be written
     with replacing(tmp_path / "file.txt") as temporary:
         temporary.touch()
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*names[1:], "file.txt"])
@@ -50,10 +58,18 @@ def test_what_a_killed_process_left_is_removed_when_it_is_old(tmp_path):
 
 def test_all_that_killed_processes_left_is_removed_where_nobody_else_writes(tmp_path):
     (tmp_path / "folder").mkdir()
-    for name in (".file-0123abcd.txt", "folder/.other-4567abcd.pt", ".mine.txt", "file-0123abcd.txt"):
+    for name in (
+        ".file-0123abcd.txt",
+        "folder/.other-4567abcd.pt",
+        ".mine.txt",
+        "file-0123abcd.txt",
+    ):
         (tmp_path / name).touch()
     remove_left(tmp_path.rglob(LEFT))
-    assert {file.name for file in tmp_path.rglob("*") if file.is_file()} == {".mine.txt", "file-0123abcd.txt"}
+    assert {file.name for file in tmp_path.rglob("*") if file.is_file()} == {
+        ".mine.txt",
+        "file-0123abcd.txt",
+    }
 
 
 def test_an_interrupt_waits_for_the_end_of_the_block():

@@ -6,21 +6,43 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import build
-from models.resnet import TABLE_1_DEPTHS, Config, PadShortcut, ResNet, main, network_name, parse_name, stages
+from models.resnet import (
+    TABLE_1_DEPTHS,
+    Config,
+    PadShortcut,
+    ResNet,
+    main,
+    network_name,
+    parse_name,
+    stages,
+)
 
 PARAMETERS = {20: 269_722, 32: 464_154, 44: 658_586, 56: 853_018, 110: 1_727_962, 1202: 19_421_274}
-TABLE_1 = {18: 11_689_512, 34: 21_797_672, 50: 25_557_032, 101: 44_549_160, 152: 60_192_808}  # torchvision's, option B
+TABLE_1 = {
+    18: 11_689_512,
+    34: 21_797_672,
+    50: 25_557_032,
+    101: 44_549_160,
+    152: 60_192_808,
+}  # torchvision's, option B
 
 
 @pytest.mark.parametrize("kind", ["resnet", "plain"])
 @pytest.mark.parametrize("depth", PARAMETERS)
 def test_parameters_are_the_papers(kind, depth):
-    assert sum(p.numel() for p in build(f"{kind}-{depth}").parameters() if p.requires_grad) == PARAMETERS[depth]
+    assert (
+        sum(p.numel() for p in build(f"{kind}-{depth}").parameters() if p.requires_grad)
+        == PARAMETERS[depth]
+    )
 
 
 @pytest.mark.parametrize("depth", [8, 20, 56])
 def test_depth_counts_the_layers_with_weights(depth):
-    layers = [module for module in build(f"plain-{depth}").modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    layers = [
+        module
+        for module in build(f"plain-{depth}").modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
     assert len(layers) == depth
 
 
@@ -35,8 +57,14 @@ def test_table_1(depth):
     with torch.device("meta"):
         network = build(f"resnet-{depth}")
     assert sum(p.numel() for p in network.parameters()) == TABLE_1[depth]
-    assert network.config == Config("residual", depth, shortcut="B", classes=1000, images="imagenet")
-    layers = [m for name, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and "down" not in name]
+    assert network.config == Config(
+        "residual", depth, shortcut="B", classes=1000, images="imagenet"
+    )
+    layers = [
+        m
+        for name, m in network.named_modules()
+        if isinstance(m, nn.Conv2d | nn.Linear) and "down" not in name
+    ]
     assert len(layers) == depth
 
 
@@ -51,21 +79,40 @@ def test_the_plain_networks_of_table_1(depth):
 
 def test_names_and_configs_agree():
     assert [network_name("residual", 56), network_name("plain", 20)] == ["resnet-56", "plain-20"]
-    assert [network_name("residual", 50), network_name("residual", 50, "imagenet")] == ["cifar-resnet-50", "resnet-50"]
-    for name in ("plain-8", "resnet-56", "cifar-resnet-50", "resnet-50", "plain-34", "cifar-plain-152"):
+    assert [network_name("residual", 50), network_name("residual", 50, "imagenet")] == [
+        "cifar-resnet-50",
+        "resnet-50",
+    ]
+    for name in (
+        "plain-8",
+        "resnet-56",
+        "cifar-resnet-50",
+        "resnet-50",
+        "plain-34",
+        "cifar-plain-152",
+    ):
         assert parse_name(name).name == name
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet-21", "no CIFAR-10 network has 21 layers: a depth is 6n + 2; the nearest are 20 and 26"),
-        ("plain-2", "no CIFAR-10 network has 2 layers: a depth is 6n + 2; the nearest are 8 and 14"),
+        (
+            "resnet-21",
+            "no CIFAR-10 network has 21 layers: a depth is 6n + 2; the nearest are 20 and 26",
+        ),
+        (
+            "plain-2",
+            "no CIFAR-10 network has 2 layers: a depth is 6n + 2; the nearest are 8 and 14",
+        ),
         ("vgg-16", "unknown network 'vgg-16': the names are resnet-DEPTH and plain-DEPTH"),
         ("resnet-", "unknown network 'resnet-'"),
-        ("plain-50", "the paper has no plain network of 50 layers for ImageNet: plain-18, plain-34"),
+        (
+            "plain-50",
+            "the paper has no plain network of 50 layers for ImageNet: plain-18, plain-34",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_name_that_does_not_exist(name, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         build(name)
@@ -82,7 +129,10 @@ def test_a_name_that_does_not_exist(name, message):
         (Config("residual", 20, stride="5x5"), "unknown stride '5x5': one of 1x1, 3x3"),
         (Config("residual", 20, images="mnist"), "unknown images 'mnist': one of cifar, imagenet"),
         (Config("residual", 19), "the nearest are 14 and 20"),
-        (Config("residual", 20, images="imagenet"), "Table 1 has no network of 20 layers: 18, 34, 50, 101, 152"),
+        (
+            Config("residual", 20, images="imagenet"),
+            "Table 1 has no network of 20 layers: 18, 34, 50, 101, 152",
+        ),
     ],
 )
 def test_an_option_that_does_not_exist(config, message):
@@ -119,12 +169,19 @@ def test_plain_and_residual_share_their_tensors_and_differ_in_the_addition():
 
 
 @pytest.mark.parametrize(
-    ("shortcut", "projections"), [("A", []), ("B", ["layer2", "layer3"]), ("C", ["layer1", "layer2", "layer3"])]
+    ("shortcut", "projections"),
+    [("A", []), ("B", ["layer2", "layer3"]), ("C", ["layer1", "layer2", "layer3"])],
 )
 def test_shortcut_options(shortcut, projections):
-    keys = [key for key in build("resnet-14", shortcut=shortcut).state_dict() if key.endswith("downsample.0.weight")]
+    keys = [
+        key
+        for key in build("resnet-14", shortcut=shortcut).state_dict()
+        if key.endswith("downsample.0.weight")
+    ]
     blocks = ["0"] if shortcut != "C" else ["0", "1"]
-    assert keys == [f"{stage}.{block}.downsample.0.weight" for stage in projections for block in blocks]
+    assert keys == [
+        f"{stage}.{block}.downsample.0.weight" for stage in projections for block in blocks
+    ]
 
 
 def test_state_dict_keys_are_torchvisions():
@@ -149,7 +206,9 @@ def test_state_dict_keys_of_table_1_are_torchvisions():
     assert "layer1.0.downsample.0.weight" in keys
     assert "layer1.0.downsample.1.running_var" in keys
     assert "layer1.1.downsample.0.weight" not in keys
-    assert [key for key in keys if key.startswith("layer4.2.conv")] == [f"layer4.2.conv{i}.weight" for i in (1, 2, 3)]
+    assert [key for key in keys if key.startswith("layer4.2.conv")] == [
+        f"layer4.2.conv{i}.weight" for i in (1, 2, 3)
+    ]
 
 
 @pytest.mark.parametrize("stride", ["1x1", "3x3"])
@@ -183,7 +242,7 @@ def test_bottleneck_by_hand():
 
 @pytest.mark.parametrize(
     ("depth", "channels"), [(18, 512), (34, 512), (50, 2048), (101, 2048), (152, 2048)]
-)  # fmt: skip
+)
 def test_the_four_stages_alone(depth, channels):
     with torch.device("meta"):
         assert stages(depth, 64)(torch.zeros(5, 64, 56, 56)).shape == (5, channels, 7, 7)
@@ -191,7 +250,9 @@ def test_the_four_stages_alone(depth, channels):
 
 
 def test_stages_of_another_depth():
-    with pytest.raises(ValueError, match=re.escape("Table 1 has no network of 20 layers: 18, 34, 50, 101, 152")):
+    with pytest.raises(
+        ValueError, match=re.escape("Table 1 has no network of 20 layers: 18, 34, 50, 101, 152")
+    ):
         stages(20, 64)
     assert TABLE_1_DEPTHS == (18, 34, 50, 101, 152)
 
@@ -229,15 +290,27 @@ def test_options_of_the_command(capsys):
     assert capsys.readouterr().err == f"error: {allowed}, not 1 4 32 32\n"
 
 
-@pytest.mark.parametrize("name", ["resnet-20", "plain-110", *(f"resnet-{depth}" for depth in TABLE_1), "plain-18"])
+@pytest.mark.parametrize(
+    "name", ["resnet-20", "plain-110", *(f"resnet-{depth}" for depth in TABLE_1), "plain-18"]
+)
 def test_the_table_of_any_network(name, capsys):
     assert main([name]) == 0
     title, _, *rows = capsys.readouterr().out.splitlines()
     config = parse_name(name)
-    assert title == f"{name}, input {(1, 3, 224, 224) if config.images == 'imagenet' else (1, 3, 32, 32)}"
+    assert (
+        title
+        == f"{name}, input {(1, 3, 224, 224) if config.images == 'imagenet' else (1, 3, 32, 32)}"
+    )
     stages = [f"layer{number}" for number in range(1, len(config.blocks) + 1)]
     stem = ["conv1", "maxpool"] if config.images == "imagenet" else ["conv1"]
-    assert [row[:17].strip() for row in rows] == [*stem, *stages, "average pooling", "flatten", "fc", "total"]
+    assert [row[:17].strip() for row in rows] == [
+        *stem,
+        *stages,
+        "average pooling",
+        "flatten",
+        "fc",
+        "total",
+    ]
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build(name).parameters())
     assert rows[-1].split()[1] == f"{parameters:,}"

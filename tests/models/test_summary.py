@@ -26,7 +26,9 @@ def test_the_stride_on_the_3x3_costs_more():
 
 
 def test_multiply_adds_of_a_small_network_by_hand():
-    """CIFAR-10's plain-8: 3x3 convolutions of 16, 32 and 64 channels on maps of 32, 16 and 8 pixels."""
+    """CIFAR-10's plain-8: 3x3 convolutions of 16, 32 and 64 channels on maps of 32, 16 and 8
+    pixels.
+    """
     maps = {16: 32 * 32, 32: 16 * 16, 64: 8 * 8}
     layers = [(3, 16), (16, 16), (16, 16), (16, 32), (32, 32), (32, 64), (64, 64)]
     expected = sum(9 * before * after * maps[after] for before, after in layers) + 64 * 10
@@ -37,7 +39,9 @@ def test_multiply_adds_of_a_small_network_by_hand():
 def test_the_shapes_of_the_reference(depth):
     """The notebook prints these for 5 images of 224x224."""
     channels = 512 if depth < 50 else 2048
-    shapes = {row.stage: row.shape for row in summarise(parse_name(f"resnet-{depth}"), (5, 3, 224, 224))}
+    shapes = {
+        row.stage: row.shape for row in summarise(parse_name(f"resnet-{depth}"), (5, 3, 224, 224))
+    }
     assert shapes["conv1"] == (5, 64, 112, 112)
     assert shapes["maxpool"] == (5, 64, 56, 56)
     assert shapes["layer4"] == (5, channels, 7, 7)
@@ -62,10 +66,14 @@ def test_shapes_are_those_of_a_real_pass():
 @pytest.mark.parametrize("depth", [20, 56])
 def test_all_parameters_are_counted(depth):
     rows = summarise(parse_name(f"resnet-{depth}"), (1, 3, 32, 32))
-    assert sum(row.parameters for row in rows) == sum(p.numel() for p in build(f"resnet-{depth}").parameters())
+    assert sum(row.parameters for row in rows) == sum(
+        p.numel() for p in build(f"resnet-{depth}").parameters()
+    )
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 32, 32), (0, 3, 32, 32), (1, 3, 32, 10**20), (10**9, 3, 10**9, 1)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 32, 32), (0, 3, 32, 32), (1, 3, 32, 10**20), (10**9, 3, 10**9, 1)]
+)
 def test_an_input_that_is_none(shape):
     allowed = "an input is N 3 H W, each 1 or more, 1,099,511,627,776 values at most"
     with pytest.raises(ValueError, match=f"^{allowed}, not {' '.join(map(str, shape))}$"):

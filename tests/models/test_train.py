@@ -18,17 +18,30 @@ from PIL import Image
 
 from models import messages, train
 from models.files import uninterrupted
-from models.recipe import Fault, Recipe
+from models.training.recipe import Fault, Recipe
 from tests.conftest import ROOT
-from tests.models.test_training import TEST, TRAIN, assert_same, go, results
+from tests.models.training.test_loop import TEST, TRAIN, assert_same, go, results
 
-COMMAND = ["--depth", "8", "--kind", "residual", "--iterations", "16", "--snapshots", "9", "--device", "cpu"]
+COMMAND = [
+    "--depth",
+    "8",
+    "--kind",
+    "residual",
+    "--iterations",
+    "16",
+    "--snapshots",
+    "9",
+    "--device",
+    "cpu",
+]
 COMMAND += ["--precision", "float32"]
 SCRIPT = """
 import sys
 from pathlib import Path
 import numpy as np
-from models import cifar10, train, training
+from models import train
+from models.data import cifar10
+from models.training import loop as training
 def data(split):
     arrays = np.load(sys.argv[1])
     return cifar10.Cifar10(arrays[split], arrays[split + "_labels"], split, Path("nowhere"), "made up", "", "")
@@ -51,7 +64,12 @@ def whole(tmp_path_factory):
 @contextmanager
 def process(folder, save_every):
     """The command in a process of its own, past its second iteration."""
-    arrays = {"train": TRAIN.images, "train_labels": TRAIN.labels, "test": TEST.images, "test_labels": TEST.labels}
+    arrays = {
+        "train": TRAIN.images,
+        "train_labels": TRAIN.labels,
+        "test": TEST.images,
+        "test_labels": TEST.labels,
+    }
     folder.mkdir(exist_ok=True)
     np.savez(folder / "data.npz", **arrays)
     command = [
@@ -66,10 +84,15 @@ def process(folder, save_every):
         "--out",
         folder,
     ]
-    trainer = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    trainer = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         for _ in range(3000):
-            if list(folder.glob("*/snapshots/iteration-0000002.safetensors")) or trainer.poll() is not None:
+            if (
+                list(folder.glob("*/snapshots/iteration-0000002.safetensors"))
+                or trainer.poll() is not None
+            ):
                 break
             time.sleep(0.01)
         yield trainer
@@ -123,12 +146,14 @@ def test_a_second_signal_does_not_wait_and_handlers_are_restored():
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_second_signal_says_what_is_kept(made_up_data, tmp_path, monkeypatch, capsys, number, status):
+def test_a_second_signal_says_what_is_kept(
+    made_up_data, tmp_path, monkeypatch, capsys, number, status
+):
     def run(*args):
         for _ in range(2):
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr("models.training.run", run)
+    monkeypatch.setattr("models.training.loop.run", run)
     assert train.main([*COMMAND, "--out", str(tmp_path)]) == status
     said = f"stopped by {number.name} at once: what was saved stays, and the same command goes on from there"
     assert capsys.readouterr().err == f"models.train: {said}\n"
@@ -136,9 +161,13 @@ def test_a_second_signal_says_what_is_kept(made_up_data, tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("debug", [[], ["--debug"]])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_while_the_data_are_read_says_what_is_kept(tmp_path, monkeypatch, capsys, number, status, debug):
+def test_a_signal_while_the_data_are_read_says_what_is_kept(
+    tmp_path, monkeypatch, capsys, number, status, debug
+):
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("models.cifar10.load", lambda path, split: os.kill(os.getpid(), number))
+    monkeypatch.setattr(
+        "models.data.cifar10.load", lambda path, split: os.kill(os.getpid(), number)
+    )
     assert train.main([*COMMAND, *debug, "--out", str(tmp_path / "out")]) == status
     said = f"stopped by {number.name} at once: what was saved stays, and the same command goes on from there"
     assert capsys.readouterr().err == f"models.train: {said}\n"
@@ -161,13 +190,27 @@ def test_an_ignored_signal_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
-def test_another_configuration_is_told_before_anything_is_trained(made_up_data, tmp_path, capsys, monkeypatch):
+def test_another_configuration_is_told_before_anything_is_trained(
+    made_up_data, tmp_path, capsys, monkeypatch
+):
     folder = tmp_path / "plain-8-16-seed0"
     folder.mkdir()
     recipe = replace(Recipe("plain", 8), iterations=16, snapshots=3)
     (folder / "config.json").write_text(json.dumps(asdict(recipe)))
-    monkeypatch.setattr("models.training.run", mock.Mock(side_effect=AssertionError("it trains")))
-    words = ["--depth", "8", "--kind", "residual", "plain", "--iterations", "16", "--out", str(tmp_path)]
+    monkeypatch.setattr(
+        "models.training.loop.run", mock.Mock(side_effect=AssertionError("it trains"))
+    )
+    words = [
+        "--depth",
+        "8",
+        "--kind",
+        "residual",
+        "plain",
+        "--iterations",
+        "16",
+        "--out",
+        str(tmp_path),
+    ]
     assert train.main(words) == 2
     line = f"models.train: {folder}: a run of another configuration: snapshots is 3 there and 9 here; choose another "
     assert capsys.readouterr().err == line + "--out\n"
@@ -189,32 +232,60 @@ def test_default_is_fig_7():
     [plain] = train.recipes(train.parse(["--depth", "110", "--kind", "plain"]))
     assert plain.network == "plain-110"
     asked = train.recipes(train.parse(["--depth", "56", "110", "--kind", "residual", "--warm-up"]))
-    assert [recipe.label for recipe in asked] == ["resnet-56-warm-up-64000-seed0", "resnet-110-64000-seed0"]
+    assert [recipe.label for recipe in asked] == [
+        "resnet-56-warm-up-64000-seed0",
+        "resnet-110-64000-seed0",
+    ]
     assert [recipe.warm_up for recipe in asked] == [True, False]  # 110 layers warm up anyway
 
 
 def test_several_networks_and_finished_ones_are_skipped(made_up_data, tmp_path, capsys):
-    several = ["--depth", "8", "--iterations", "1", "--snapshots", "0", "--decay", "all", "--out", str(tmp_path)]
+    several = [
+        "--depth",
+        "8",
+        "--iterations",
+        "1",
+        "--snapshots",
+        "0",
+        "--decay",
+        "all",
+        "--out",
+        str(tmp_path),
+    ]
     assert train.main([*several, "--seed", "0"]) == 0
     labels = ["resnet-8-all-1-seed0", "plain-8-all-1-seed0"]
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == labels
-    finished = {label: (tmp_path / label / f"{label[:-12]}.safetensors").stat().st_mtime_ns for label in labels}
+    finished = {
+        label: (tmp_path / label / f"{label[:-12]}.safetensors").stat().st_mtime_ns
+        for label in labels
+    }
     assert train.main([*several, "--seed", "0", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{labels[0]}: finished before, skipped ({tmp_path / labels[0] / 'resnet-8.safetensors'})"
-    assert lines[1] == f"{labels[1]}: finished before, skipped ({tmp_path / labels[1] / 'plain-8.safetensors'})"
+    assert (
+        lines[0]
+        == f"{labels[0]}: finished before, skipped ({tmp_path / labels[0] / 'resnet-8.safetensors'})"
+    )
+    assert (
+        lines[1]
+        == f"{labels[1]}: finished before, skipped ({tmp_path / labels[1] / 'plain-8.safetensors'})"
+    )
     outcome = r"test error \d+\.\d\d %, mean std \d\.\d{3}, \d+ images/s"
     assert re.fullmatch(rf"resnet-8-all-1-seed1: {outcome} \(.*/resnet-8\.safetensors\)", lines[2])
     assert re.fullmatch(rf"plain-8-all-1-seed1: {outcome} \(.*/plain-8\.safetensors\)", lines[3])
-    assert finished == {label: (tmp_path / label / f"{label[:-12]}.safetensors").stat().st_mtime_ns for label in labels}
+    assert finished == {
+        label: (tmp_path / label / f"{label[:-12]}.safetensors").stat().st_mtime_ns
+        for label in labels
+    }
 
 
-def test_a_signal_between_two_networks_ends_the_command(made_up_data, tmp_path, capsys, monkeypatch):
+def test_a_signal_between_two_networks_ends_the_command(
+    made_up_data, tmp_path, capsys, monkeypatch
+):
     def run(recipe, *rest):
         os.kill(os.getpid(), signal.SIGTERM)
         return "test error"
 
-    monkeypatch.setattr("models.training.run", run)
+    monkeypatch.setattr("models.training.loop.run", run)
     assert train.main(["--depth", "8", "--out", str(tmp_path)]) == 143
     said = f"models.train: stopped by SIGTERM: {tmp_path}/resnet-8-64000-seed0 is finished; the same command goes on "
     assert capsys.readouterr().err == said + "from there\n"
@@ -222,11 +293,15 @@ def test_a_signal_between_two_networks_ends_the_command(made_up_data, tmp_path, 
 
 def test_help_does_not_wait_for_torch():
     code = "import sys; from models import train; train.parse([]); print({'torch', 'pandas'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "set()\n"
 
 
-@pytest.mark.parametrize(("avx512", "amx", "chosen"), [(0, 0, "float32"), (1, 0, "bfloat16"), (0, 1, "bfloat16")])
+@pytest.mark.parametrize(
+    ("avx512", "amx", "chosen"), [(0, 0, "float32"), (1, 0, "bfloat16"), (0, 1, "bfloat16")]
+)
 def test_precision_auto_is_bfloat16_where_it_is_native(monkeypatch, avx512, amx, chosen):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512))
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
@@ -245,12 +320,18 @@ def test_precision_auto_is_bfloat16_where_it_is_native(monkeypatch, avx512, amx,
         (["--iterations", "0"], "--iterations 0: must be 1 or more"),
         (["--snapshots", "-1"], "--snapshots -1: must be 0 or more"),
         (["--seed", "1", "-2"], "--seed -2: must be 0 or more"),
-        (["--seed", str(2**64)], "--seed 18446744073709551616: must be 18446744073709551615 or less"),
+        (
+            ["--seed", str(2**64)],
+            "--seed 18446744073709551616: must be 18446744073709551615 or less",
+        ),
         (
             ["--device", "gpu"],
             "--device gpu: unknown; one of auto, cpu, cuda (CUDA_VISIBLE_DEVICES says which GPU)",
         ),
-        (["--data", "nowhere"], "nowhere: no such file or folder; --data takes a folder or an archive of CIFAR-10"),
+        (
+            ["--data", "nowhere"],
+            "nowhere: no such file or folder; --data takes a folder or an archive of CIFAR-10",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_2(tmp_path, capsys, arguments, said):
@@ -282,7 +363,9 @@ def test_incomplete_data(tmp_path, capsys):
 def test_out_is_a_file(made_up_data, tmp_path, capsys):
     (tmp_path / "file").write_text("not a folder")
     assert train.main([*COMMAND, "--out", str(tmp_path / "file")]) == 2
-    said = f"{tmp_path}/file/resnet-8-16-seed0: cannot be made: Not a directory; choose another --out"
+    said = (
+        f"{tmp_path}/file/resnet-8-16-seed0: cannot be made: Not a directory; choose another --out"
+    )
     assert capsys.readouterr().err == f"models.train: {said}\n"
 
 
@@ -290,7 +373,9 @@ def test_a_message_is_one_line_whatever_the_names(made_up_data, tmp_path, capsys
     (tmp_path / "a\n\x1b[2Jb").write_text("not a folder")
     assert train.main([*COMMAND, "--out", str(tmp_path / "a\n\x1b[2Jb")]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"models.train: {tmp_path}/a \\x1b[2Jb/resnet-8-16-seed0: cannot be made")
+    assert said.startswith(
+        f"models.train: {tmp_path}/a \\x1b[2Jb/resnet-8-16-seed0: cannot be made"
+    )
     assert said.count("\n") == 1
 
 
@@ -300,7 +385,10 @@ def test_a_folder_of_another_configuration(made_up_data, whole, capsys):
         "choose another --out\n"
     )
     before = results(whole / "resnet-8-16-seed0")[1]
-    assert train.main([*COMMAND, "--out", str(whole), "--snapshots", "3", "--precision", "bfloat16"]) == 2
+    assert (
+        train.main([*COMMAND, "--out", str(whole), "--snapshots", "3", "--precision", "bfloat16"])
+        == 2
+    )
     assert capsys.readouterr().err == said
     assert results(whole / "resnet-8-16-seed0")[1] == before
     with pytest.raises(Fault, match="batch is 128 there and 32 here"):
@@ -318,7 +406,9 @@ def test_interrupted_before_the_training(monkeypatch, capsys):
 
     monkeypatch.setattr(train, "load_data", load)
     assert train.main(["--depth", "8"]) == 130
-    said = "stopped by SIGINT at once: what was saved stays, and the same command goes on from there"
+    said = (
+        "stopped by SIGINT at once: what was saved stays, and the same command goes on from there"
+    )
     assert capsys.readouterr().err == f"models.train: {said}\n"
 
 
@@ -326,7 +416,7 @@ def test_want_of_memory_is_one_line_and_2(made_up_data, monkeypatch, tmp_path, c
     def run(*args):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("models.training.run", run)
+    monkeypatch.setattr("models.training.loop.run", run)
     assert train.main([*COMMAND, "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
         "models.train: out of memory: take another device, or end other programs; what was saved stays, and the same "

@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 
-from models import checkpoints, zoo
+from models import zoo
+from models.checkpoints import loading
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -17,7 +18,9 @@ def test_the_networks_of_fig_7_are_shipped():
 
 
 def test_a_network_that_is_not_shipped():
-    with pytest.raises(ValueError, match=re.escape("resnet-32 is not shipped; shipped: plain-20, ")):
+    with pytest.raises(
+        ValueError, match=re.escape("resnet-32 is not shipped; shipped: plain-20, ")
+    ):
         zoo.find("resnet-32")
 
 
@@ -27,7 +30,7 @@ def test_they_are_small():
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_card_says_how_the_network_was_trained(name):
-    checkpoint = checkpoints.load(zoo.find(name))
+    checkpoint = loading.load(zoo.find(name))
     card, training = checkpoint.card, checkpoint.card["training"]
     assert (card["network"], checkpoint.model.config.name) == (name, name)
     assert checkpoint.how == {"kind": "card", "preprocessing": "card"}
@@ -35,19 +38,31 @@ def test_a_card_says_how_the_network_was_trained(name):
     assert training["decay"] == "weights"
     assert 0 < training["iteration"] <= training["iterations"]
     assert training["bn_statistics"] == "one batch of 10,000 augmented training images"
-    assert {"recipe", "seed", "device_name", "precision", "versions", "seconds", "images_per_s"} <= set(training)
+    assert {
+        "recipe",
+        "seed",
+        "device_name",
+        "precision",
+        "versions",
+        "seconds",
+        "images_per_s",
+    } <= set(training)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_readme_has_the_card(name):
-    training = checkpoints.load(zoo.find(name)).card["training"]
+    training = loading.load(zoo.find(name)).card["training"]
     length = f"{training['iteration']:,}"
     if training["iteration"] < training["iterations"]:  # it was stopped
         length += f" of {training['iterations']:,}"
     row = next(line for line in README.splitlines() if line.startswith(f"| {name} | {length} |"))
     assert f"| {training['test_error']:.2f} |" in row
-    speeds = re.findall(r"(\d+) images/s", training["device_name"]) or [training["images_per_s"]]  # a machine each
-    versions = re.findall(r"torch ([\d.]+)", training["device_name"]) or [training["versions"]["torch"].split("+")[0]]
+    speeds = re.findall(r"(\d+) images/s", training["device_name"]) or [
+        training["images_per_s"]
+    ]  # a machine each
+    versions = re.findall(r"torch ([\d.]+)", training["device_name"]) or [
+        training["versions"]["torch"].split("+")[0]
+    ]
     versions = list(dict.fromkeys(versions))
     speed = ", then ".join(f"{int(number):,}" for number in speeds)
     assert row.endswith(f"| {speed} | {training['seconds']:,} | {', then '.join(versions)} |")
@@ -55,8 +70,10 @@ def test_the_readme_has_the_card(name):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_test_error_is_the_cards(name, real_test):
-    """On the first 1,000 of the images, within three standard errors; all of them are measured by the main job."""
-    checkpoint = checkpoints.load(zoo.find(name))
+    """On the first 1,000 of the images, within three standard errors; all of them are measured by
+    the main job.
+    """
+    checkpoint = loading.load(zoo.find(name))
     with torch.no_grad():
         x = checkpoint.preprocessing(real_test.images[:1000])
         wrong = (checkpoint.model(x).argmax(1).numpy() != real_test.labels[:1000]).mean()

@@ -18,13 +18,20 @@ def test_one_mark_a_network_and_way():
     assert list(one.get_xdata()) == [1, 1]
     assert [line.get_label() for line in marks] == ["ResNet-20", "plain-20"]
     assert [list(line.get_xdata()) for line in marks] == [[1, 0.8, 3], [1, 0.9, 12]]
-    assert [list(line.get_ydata()) for line in marks] == [[-0.125, 0.875, 1.875], [0.125, 1.125, 2.125]]
+    assert [list(line.get_ydata()) for line in marks] == [
+        [-0.125, 0.875, 1.875],
+        [0.125, 1.125, 2.125],
+    ]
     assert len({line.get_color() for line in marks} | {line.get_marker() for line in marks}) == 4
 
 
 def test_ways_that_were_left_out_have_no_row():
     [panel] = draw_benchmark(FRAME).axes
-    assert [label.get_text() for label in panel.get_yticklabels()] == ["plain forward", "fast", "slow"]
+    assert [label.get_text() for label in panel.get_yticklabels()] == [
+        "plain forward",
+        "fast",
+        "slow",
+    ]
     assert panel.get_ylim() == (2.5, -0.5)
 
 

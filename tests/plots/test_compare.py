@@ -13,25 +13,45 @@ def curves(**entries):
     for entry, members in entries.items():
         for member, stds in enumerate(members):
             rows += [
-                {"entry": entry, "network": "x", "member": member, "kind": "other", "depth": None, "layer": i + 1,
-                 "stage": i // 2 + 1, "std": std, "source": "hooks"}
+                {
+                    "entry": entry,
+                    "network": "x",
+                    "member": member,
+                    "kind": "other",
+                    "depth": None,
+                    "layer": i + 1,
+                    "stage": i // 2 + 1,
+                    "std": std,
+                    "source": "hooks",
+                }
                 for i, std in enumerate(stds)
-            ]  # fmt: skip
+            ]
     return pd.DataFrame(rows)
 
 
 def differences(second, values, layers=None):
     count = len(values)
     return pd.DataFrame(
-        {"first": "a", "second": second, "layer": layers or range(1, count + 1), "difference": values, "stage": 1}
+        {
+            "first": "a",
+            "second": second,
+            "layer": layers or range(1, count + 1),
+            "difference": values,
+            "stage": 1,
+        }
         | {"position": (np.arange(count) + 0.5) / count}
     )
 
 
 def test_curves_in_both_orders_and_their_difference():
-    figure = draw_compare(curves(a=[[1, 4, 2, 3]], b=[[2, 2, 2, 1]]), [differences("b", [1, -2, 0, -2])])
+    figure = draw_compare(
+        curves(a=[[1, 4, 2, 3]], b=[[2, 2, 2, 1]]), [differences("b", [1, -2, 0, -2])]
+    )
     original, ordered, below = figure.axes
-    assert [line.get_ydata().tolist() for line in original.lines[:2]] == [[1, 4, 2, 3], [2, 2, 2, 1]]
+    assert [line.get_ydata().tolist() for line in original.lines[:2]] == [
+        [1, 4, 2, 3],
+        [2, 2, 2, 1],
+    ]
     assert [line.get_ydata().tolist() for line in ordered.lines] == [[4, 3, 2, 1], [2, 2, 2, 1]]
     assert ordered.lines[0].get_xdata().tolist() == [1, 2, 3, 4]
     zero, difference = below.lines[:2]
@@ -55,7 +75,9 @@ def test_a_network_of_one_layer_is_a_point():
 
 
 def test_stage_boundaries():
-    figure = draw_compare(curves(a=[[1, 4, 2, 3]], b=[[2, 2, 2, 1]]), [differences("b", [1, -2, 0, -2])])
+    figure = draw_compare(
+        curves(a=[[1, 4, 2, 3]], b=[[2, 2, 2, 1]]), [differences("b", [1, -2, 0, -2])]
+    )
     for panel in (figure.axes[0], figure.axes[2]):
         assert [2.5, 2.5] in [list(line.get_xdata()) for line in panel.lines]
 
@@ -66,17 +88,26 @@ def test_other_depths_are_drawn_by_relative_depth():
     assert original.lines[0].get_xdata().tolist() == [0.25, 0.75]
     assert below.lines[1].get_xdata().tolist() == [0.25, 0.75]
     assert [panel.get_xlabel() for panel in figure.axes] == [
-        "relative depth (original)", "relative rank (sorted by magnitude)", "relative depth"
-    ]  # fmt: skip
+        "relative depth (original)",
+        "relative rank (sorted by magnitude)",
+        "relative depth",
+    ]
 
 
 def test_a_group_is_a_mean_and_a_band():
-    figure = draw_compare(curves(a=[[1, 4, 2], [3, 2, 2]], b=[[1, 1, 1]]), [differences("b", [0, 0, 0])])
+    figure = draw_compare(
+        curves(a=[[1, 4, 2], [3, 2, 2]], b=[[1, 1, 1]]), [differences("b", [0, 0, 0])]
+    )
     original, ordered, _ = figure.axes
     assert original.lines[0].get_ydata().tolist() == [2, 3, 2]
     assert ordered.lines[0].get_ydata().tolist() == [3.5, 2, 1.5]  # 4 2 1 and 3 2 2
     [band] = original.collections
-    assert {tuple(point) for point in band.get_paths()[0].vertices} >= {(1.0, 1.0), (1.0, 3.0), (2.0, 2.0), (2.0, 4.0)}
+    assert {tuple(point) for point in band.get_paths()[0].vertices} >= {
+        (1.0, 1.0),
+        (1.0, 3.0),
+        (2.0, 2.0),
+        (2.0, 4.0),
+    }
 
 
 def test_what_is_computed_is_named():
@@ -90,9 +121,16 @@ def test_what_is_computed_is_named():
 
 
 def test_points_are_marked_with_their_layers():
-    figure = draw_compare(curves(a=[[1, 4, 2, 3]], b=[[2, 2, 2, 1]]), [differences("b", [1, -2, 0, -2])])
-    marks = [shown for artist, shown in marked(figure) if shown.layers and artist in figure.axes[1].lines]
-    assert [(shown.network, shown.layers) for shown in marks] == [("a", (2, 4, 3, 1)), ("b", (1, 2, 3, 4))]
+    figure = draw_compare(
+        curves(a=[[1, 4, 2, 3]], b=[[2, 2, 2, 1]]), [differences("b", [1, -2, 0, -2])]
+    )
+    marks = [
+        shown for artist, shown in marked(figure) if shown.layers and artist in figure.axes[1].lines
+    ]
+    assert [(shown.network, shown.layers) for shown in marks] == [
+        ("a", (2, 4, 3, 1)),
+        ("b", (1, 2, 3, 4)),
+    ]
 
 
 def test_stages():
@@ -105,5 +143,7 @@ def test_stages():
     medians = {float(y) for line in panel.lines for y in line.get_ydata()}
     assert medians >= {2.5, 3.5}  # a: of 1 4, of 2 3; b: of 2 2 5 5, of 2 1 5 5
     shown = [(type(artist).__name__, mark.network) for artist, mark in marked(figure)]
-    assert shown.count(("PathCollection", "a")) == shown.count(("PathCollection", "b")) == 2  # one a stage
+    assert (
+        shown.count(("PathCollection", "a")) == shown.count(("PathCollection", "b")) == 2
+    )  # one a stage
     assert shown.count(("Text", "b")) == 1

@@ -15,7 +15,9 @@ def parts(network, within, between, source="hooks"):
     within, between = np.array(within, dtype=float), np.array(between, dtype=float)
     index = np.arange(len(within))
     columns = {"network": network, "layer": index + 1, "stage": index // 2 + 1, "source": source}
-    return pd.DataFrame(columns | {"std": np.hypot(within, between), "within": within, "between": between})
+    return pd.DataFrame(
+        columns | {"std": np.hypot(within, between), "within": within, "between": between}
+    )
 
 
 A = parts("resnet-20", [3, 0.5, 1, 2], [4, 0.25, 0, 1])
@@ -34,14 +36,18 @@ def test_the_squares_are_stacked_up_to_that_of_std():
     [panel] = draw_decomposition(A.sample(frac=1, random_state=0)).axes
     within, total = [9, 0.25, 1, 4], [25, 0.3125, 1, 5]
     assert stacks(panel) == [([0, 0, 0, 0], within), (within, total)]
-    assert [patch.get_data().edges.tolist() for patch in panel.patches] == [[0.5, 1.5, 2.5, 3.5, 4.5]] * 2
+    assert [patch.get_data().edges.tolist() for patch in panel.patches] == [
+        [0.5, 1.5, 2.5, 3.5, 4.5]
+    ] * 2
     assert len({patch.get_facecolor() for patch in panel.patches}) == 2
     assert panel.get_xlim() == (0.5, 4.5)
 
 
 def test_stage_boundaries():
     [panel] = draw_decomposition(A).axes
-    assert [list(line.get_xdata()) for line in panel.lines if line.get_linestyle() != "None"] == [[2.5, 2.5]]
+    assert [list(line.get_xdata()) for line in panel.lines if line.get_linestyle() != "None"] == [
+        [2.5, 2.5]
+    ]
 
 
 def test_layers_are_marked_at_the_upper_edge():
@@ -86,7 +92,9 @@ def test_a_panel_a_network(count, shape, width):
 
 
 def test_a_steep_network_has_an_axis_of_its_own():
-    flat, other, steep = (parts(name, [top], [0]) for name, top in (("a", 1.0), ("b", 2.0), ("c", 20.0)))
+    flat, other, steep = (
+        parts(name, [top], [0]) for name, top in (("a", 1.0), ("b", 2.0), ("c", 20.0))
+    )
     figure = draw_decomposition(pd.concat([flat, steep, other]))
     assert [panel.get_ylim() for panel in figure.axes] == [(0, 4.2), (0, 420), (0, 4.2)]
     assert [panel.get_title() for panel in figure.axes] == ["a", "c (own scale)", "b"]
@@ -105,7 +113,10 @@ def test_nothing_but_zeros():
 
 def test_what_is_computed_is_named():
     hooks, formula = A, parts("plain-20", [1], [0], "batchnorm")
-    notes = [draw_decomposition(rows).get_supxlabel() for rows in (hooks, formula, pd.concat([hooks, formula]))]
+    notes = [
+        draw_decomposition(rows).get_supxlabel()
+        for rows in (hooks, formula, pd.concat([hooks, formula]))
+    ]
     assert notes == ["", COMPUTED, f"plain-20: {COMPUTED}"]
 
 
@@ -122,14 +133,18 @@ def test_nothing_is_cut_and_no_title_lies_upon_another():
         figure.draw_without_rendering()
         titles = [panel.title.get_window_extent() for panel in figure.axes]
         legend = figure.legends[0].get_window_extent()
-    assert all(not one.overlaps(other) for one in titles for other in [*titles, legend] if one is not other)
+    assert all(
+        not one.overlaps(other) for one in titles for other in [*titles, legend] if one is not other
+    )
     assert figure.bbox.x0 <= legend.x0 < legend.x1 <= figure.bbox.x1
     assert legend.y1 <= figure.bbox.y1
 
 
 @pytest.mark.parametrize("count", [2, 10])
 def test_long_titles_do_not_lie_upon_each_other(count):
-    frame = pd.concat([A.assign(network=f"a label of many words, number {i}, end") for i in range(count)])
+    frame = pd.concat(
+        [A.assign(network=f"a label of many words, number {i}, end") for i in range(count)]
+    )
     with mpl.rc_context(RC):
         figure = draw_decomposition(frame)
         figure.draw_without_rendering()

@@ -17,7 +17,13 @@ SOURCE = "closed form from BN's tensors, not measured on images"
 def snapshots(stds, source="batchnorm"):
     """A frame of stds by iteration: two layers a stage."""
     rows = [
-        {"network": "resnet-8", "iteration": iteration, "layer": i + 1, "stage": i // 2 + 1, "std": std}
+        {
+            "network": "resnet-8",
+            "iteration": iteration,
+            "layer": i + 1,
+            "stage": i // 2 + 1,
+            "std": std,
+        }
         for iteration, layers in stds.items()
         for i, std in enumerate(layers)
     ]
@@ -36,11 +42,17 @@ def cells(figure):
     """The x edges, the y edges, and the values (layers, snapshots) of the heat map."""
     mesh = figure.axes[0].collections[0]
     corners = mesh.get_coordinates()  # (layers + 1, snapshots + 1, 2)
-    return corners[0, :, 0].tolist(), corners[:, 0, 1].tolist(), mesh.get_array().reshape(len(corners) - 1, -1).tolist()
+    return (
+        corners[0, :, 0].tolist(),
+        corners[:, 0, 1].tolist(),
+        mesh.get_array().reshape(len(corners) - 1, -1).tolist(),
+    )
 
 
 def test_the_cells_lie_at_their_iterations():
-    """Whatever the order of the frame; the last one does not reach half of the long way beyond the end."""
+    """Whatever the order of the frame; the last one does not reach half of the long way beyond the
+    end.
+    """
     x, y, values = cells(draw_dynamics(FRAME.sample(frac=1, random_state=0)))
     assert x == [-2.5, 5, 25, 42.5]
     assert y == [0.5, 1.5, 2.5, 3.5, 4.5]
@@ -57,7 +69,11 @@ def test_both_panels_have_the_same_iterations():
     assert upper.get_xlim() == lower.get_xlim()
     assert lower.get_xlim()[0] <= 0
     assert lower.get_xlim()[1] >= 60
-    assert (upper.get_ylabel(), lower.get_ylabel(), lower.get_xlabel()) == ("layer index", "mean std", "iteration")
+    assert (upper.get_ylabel(), lower.get_ylabel(), lower.get_xlabel()) == (
+        "layer index",
+        "mean std",
+        "iteration",
+    )
 
 
 def test_stage_boundaries():
@@ -79,24 +95,40 @@ def test_a_steep_network_has_logarithmic_colours():
     assert figure.axes[2].get_xlabel() == "std of ResNet-8's layers (logarithmic)"
     figure.draw_without_rendering()
     labels = [text.get_text() for text in figure.axes[2].get_xticklabels()]
-    assert [label for label in labels if label in ("1", "2", "5", "10", "20")] == ["1", "2", "5", "10", "20"]
-    assert not isinstance(draw_dynamics(snapshots({0: [0, 0, 0], 10: [30, 2, 0]})).axes[0].collections[0].norm, LogNorm)
+    assert [label for label in labels if label in ("1", "2", "5", "10", "20")] == [
+        "1",
+        "2",
+        "5",
+        "10",
+        "20",
+    ]
+    assert not isinstance(
+        draw_dynamics(snapshots({0: [0, 0, 0], 10: [30, 2, 0]})).axes[0].collections[0].norm,
+        LogNorm,
+    )
 
 
 def test_the_fine_line_goes_through_all_that_is_known_in_closed_form():
     fine, points = draw_dynamics(FRAME, epochs({5: 1.25, 40: 1.5, 50: 1.75})).axes[1].lines
-    assert (points.get_xdata().tolist(), points.get_ydata().tolist()) == ([0, 10, 40], [1, 1.5, 1.5])
+    assert (points.get_xdata().tolist(), points.get_ydata().tolist()) == (
+        [0, 10, 40],
+        [1, 1.5, 1.5],
+    )
     assert points.get_linestyle() == "None"
     assert fine.get_xdata().tolist() == [0, 5, 10, 40, 50]
     assert fine.get_ydata().tolist() == [1, 1.25, 1.5, 1.5, 1.75]
     assert fine.get_linewidth() < 1
 
 
-@pytest.mark.parametrize("few", [None, epochs({}), epochs({5: 1.25})], ids=["none", "no row", "one row"])
+@pytest.mark.parametrize(
+    "few", [None, epochs({}), epochs({5: 1.25})], ids=["none", "no row", "one row"]
+)
 def test_measured_snapshots_are_joined_where_there_are_no_epochs(few):
     figure = draw_dynamics(FRAME.assign(source="hooks"), few)
     fine, points = figure.axes[1].lines
-    assert fine.get_xydata().tolist() == points.get_xydata().tolist() == [[0, 1], [10, 1.5], [40, 1.5]]
+    assert (
+        fine.get_xydata().tolist() == points.get_xydata().tolist() == [[0, 1], [10, 1.5], [40, 1.5]]
+    )
     assert figure.get_supxlabel() == ""
 
 
@@ -121,7 +153,9 @@ def test_the_steps_of_the_learning_rate():
 
 
 def test_steps_without_room_have_a_short_label_or_none():
-    lines, labels = steps_of(draw_dynamics(FRAME, steps=[(0, 0.01), (2, 0.1), (30, 0.01), (36, 0.001)]))
+    lines, labels = steps_of(
+        draw_dynamics(FRAME, steps=[(0, 0.01), (2, 0.1), (30, 0.01), (36, 0.001)])
+    )
     assert lines == [2, 30, 36]
     assert labels == [(2, "lr = 0.1"), (30, "0.01"), (36, "0.001")]
 
@@ -140,7 +174,10 @@ def test_no_label_lies_upon_another_or_is_cut():
     upper, lower, _ = figure.axes
     for left, right in pairwise(boxes):
         assert left.x1 < right.x0
-    assert all(lower.get_window_extent().y1 <= box.y0 < box.y1 <= upper.get_window_extent().y0 for box in boxes)
+    assert all(
+        lower.get_window_extent().y1 <= box.y0 < box.y1 <= upper.get_window_extent().y0
+        for box in boxes
+    )
     assert boxes[-1].x1 <= figure.bbox.x1
 
 
@@ -164,7 +201,9 @@ def test_text_is_text_and_the_same_figure_gives_the_same_bytes():
     def save():
         buffer = io.BytesIO()
         with mpl.rc_context(RC):
-            draw_dynamics(FRAME, epochs({5: 1.25}), STEPS).savefig(buffer, format="svg", metadata={"Date": None})
+            draw_dynamics(FRAME, epochs({5: 1.25}), STEPS).savefig(
+                buffer, format="svg", metadata={"Date": None}
+            )
         return buffer.getvalue()
 
     svg = save()
@@ -183,5 +222,8 @@ def test_what_cannot_be_drawn():
     with pytest.raises(ValueError, match="an empty frame: there is nothing to draw"):
         draw_dynamics(FRAME.iloc[:0])
     both = pd.concat([FRAME, FRAME.assign(source="hooks")])
-    with pytest.raises(ValueError, match="a layer twice at one iteration: draw one network and one source at a time"):
+    with pytest.raises(
+        ValueError,
+        match="a layer twice at one iteration: draw one network and one source at a time",
+    ):
         draw_dynamics(both)

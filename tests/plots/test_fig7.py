@@ -23,8 +23,9 @@ def save(figure, suffix):
 def test_two_panels_with_the_papers_words():
     upper, lower = draw_fig7(FRAME).axes
     assert [axes.get_xlabel() for axes in (upper, lower)] == [
-        "layer index (original)", "layer index (sorted by magnitude)"
-    ]  # fmt: skip
+        "layer index (original)",
+        "layer index (sorted by magnitude)",
+    ]
     assert [axes.get_ylabel() for axes in (upper, lower)] == ["std", "std"]
     for axes in (upper, lower):
         legend = [text.get_text() for text in axes.get_legend().get_texts()]
@@ -38,7 +39,11 @@ def test_the_curves_are_the_frames_numbers_in_both_orders():
         label = network.replace("resnet", "ResNet")
         [original] = [line for line in upper.lines if line.get_label() == label]
         [ordered] = [line for line in lower.lines if line.get_label() == label]
-        assert original.get_xdata().tolist() == ordered.get_xdata().tolist() == layers["layer"].tolist()
+        assert (
+            original.get_xdata().tolist()
+            == ordered.get_xdata().tolist()
+            == layers["layer"].tolist()
+        )
         assert original.get_ydata().tolist() == layers["std"].tolist()
         assert ordered.get_ydata().tolist() == sorted(layers["std"], reverse=True)
 
@@ -47,9 +52,12 @@ def test_the_papers_colours_and_dashes():
     upper = draw_fig7(FRAME).axes[0]
     look = {line.get_label(): (to_rgb(line.get_color()), line.is_dashed()) for line in upper.lines}
     assert look == {
-        "plain-20": ((0.75, 0.75, 0), True), "plain-56": ((1, 0, 0), True),
-        "ResNet-20": ((0.75, 0.75, 0), False), "ResNet-56": ((1, 0, 0), False), "ResNet-110": ((0, 0, 0), False),
-    }  # fmt: skip
+        "plain-20": ((0.75, 0.75, 0), True),
+        "plain-56": ((1, 0, 0), True),
+        "ResNet-20": ((0.75, 0.75, 0), False),
+        "ResNet-56": ((1, 0, 0), False),
+        "ResNet-110": ((0, 0, 0), False),
+    }
 
 
 def test_the_papers_curves_lie_behind_thin_and_pale_for_the_networks_shown():
@@ -81,14 +89,23 @@ def overlapping(figure):
         box = axes.get_legend().get_window_extent()
         for line in axes.lines:
             points = axes.transData.transform(line.get_xydata())
-            if any(box.contains(x, y) for x, y in np.linspace(points[:-1], points[1:], 20).reshape(-1, 2)):
+            if any(
+                box.contains(x, y)
+                for x, y in np.linspace(points[:-1], points[1:], 20).reshape(-1, 2)
+            ):
                 found.append(line.get_label())
     return found
 
 
 @pytest.mark.parametrize(
     "networks",
-    [["resnet-20"], ["plain-20", "resnet-20"], ["resnet-20", "resnet-56"], ["resnet-110"], list(FRAME["network"])],
+    [
+        ["resnet-20"],
+        ["plain-20", "resnet-20"],
+        ["resnet-20", "resnet-56"],
+        ["resnet-110"],
+        list(FRAME["network"]),
+    ],
     ids=lambda names: f"{len(set(names))} {names[0]}",
 )
 @pytest.mark.parametrize("paper", [None, curves()], ids=["alone", "with the paper"])
@@ -98,7 +115,9 @@ def test_no_curve_runs_under_the_legend(networks, paper):
 
 
 def test_long_labels_leave_the_curves_free():
-    frame = FRAME.assign(network=[f"{name}, {'a label of many words ' * 3}{name}" for name in FRAME["network"]])
+    frame = FRAME.assign(
+        network=[f"{name}, {'a label of many words ' * 3}{name}" for name in FRAME["network"]]
+    )
     with mpl.rc_context(RC):
         figure = draw_fig7(frame)
         assert overlapping(figure) == []
@@ -122,7 +141,9 @@ def test_the_legend_of_many_networks_stands_above_the_panels():
 
 def test_a_legend_of_many_rows_stands_above_the_panels():
     """Seven labels that are too long for two columns would leave the curves a fifth of the panel."""
-    frame = pd.concat([FRAME.assign(network=FRAME["network"] + f", decay of all, seed {i}") for i in range(2)])
+    frame = pd.concat(
+        [FRAME.assign(network=FRAME["network"] + f", decay of all, seed {i}") for i in range(2)]
+    )
     some = frame[frame["network"].isin(frame["network"].unique()[:7])]
     assert all(axes.get_legend() is None for axes in draw_fig7(some).axes)
 
@@ -134,7 +155,9 @@ def test_networks_of_one_layer_are_points_beside_the_legend():
         figure.draw_without_rendering()
     for axes in figure.axes:
         assert {line.get_marker() for line in axes.lines} == {"o"}
-        points = axes.transData.transform(np.concatenate([line.get_xydata() for line in axes.lines]))
+        points = axes.transData.transform(
+            np.concatenate([line.get_xydata() for line in axes.lines])
+        )
         assert not any(axes.get_legend().get_window_extent().contains(*point) for point in points)
         assert 1 in axes.get_xticks()
     assert {line.get_marker() for line in draw_fig7(FRAME).axes[0].lines} == {""}
@@ -178,7 +201,18 @@ def test_the_callers_style_is_left_alone():
 
 
 def test_one_layer_and_an_empty_frame():
-    one = pd.DataFrame([{"network": "a", "kind": "other", "depth": pd.NA, "layer": 1, "std": 0.5, "source": "hooks"}])
+    one = pd.DataFrame(
+        [
+            {
+                "network": "a",
+                "kind": "other",
+                "depth": pd.NA,
+                "layer": 1,
+                "std": 0.5,
+                "source": "hooks",
+            }
+        ]
+    )
     assert draw_fig7(one, curves()).axes[0].lines[0].get_ydata().tolist() == [0.5]
     with pytest.raises(ValueError, match="an empty frame: there is nothing to draw"):
         draw_fig7(FRAME.iloc[:0])
@@ -191,8 +225,14 @@ def test_both_sources_of_a_network_share_its_colour():
     for axes in figure.axes:
         measured, computed = axes.lines[:5], axes.lines[5:]
         assert [line.get_color() for line in measured] == [line.get_color() for line in computed]
-        dashes = {(kind, line._unscaled_dash_pattern[1]) for kind, line in zip(kinds, computed, strict=True)}
-        assert dashes == {("residual", (1.0, 1.0)), ("plain", (1.0, 3.0))}  # which may share a colour
+        dashes = {
+            (kind, line._unscaled_dash_pattern[1])
+            for kind, line in zip(kinds, computed, strict=True)
+        }
+        assert dashes == {
+            ("residual", (1.0, 1.0)),
+            ("plain", (1.0, 3.0)),
+        }  # which may share a colour
         assert [text.get_text() for text in axes.get_legend().get_texts()][5:] == ["closed form"]
         for ours, formulas in zip(measured, computed, strict=True):
             assert formulas.get_ydata().tolist() == pytest.approx((ours.get_ydata() * 0.9).tolist())
@@ -200,7 +240,9 @@ def test_both_sources_of_a_network_share_its_colour():
 
 
 def test_one_steep_curve_makes_the_axis_logarithmic():
-    steep = FRAME.assign(std=FRAME["std"].where((FRAME["network"] != "plain-56") | (FRAME["layer"] > 3), 30.0))
+    steep = FRAME.assign(
+        std=FRAME["std"].where((FRAME["network"] != "plain-56") | (FRAME["layer"] > 3), 30.0)
+    )
     for frame, scale, label in ((FRAME, "linear", "std"), (steep, "log", "std (logarithmic)")):
         for axes in draw_fig7(frame).axes:
             assert (axes.get_yscale(), axes.get_ylabel()) == (scale, label)

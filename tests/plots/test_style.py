@@ -18,14 +18,20 @@ def networks(*rows):
 def test_the_papers_five_networks_look_as_in_the_paper():
     look = styles(
         networks(
-            ("plain-20", "plain", 20), ("plain-56", "plain", 56),
-            ("resnet-20", "residual", 20), ("resnet-56", "residual", 56), ("resnet-110", "residual", 110),
+            ("plain-20", "plain", 20),
+            ("plain-56", "plain", 56),
+            ("resnet-20", "residual", 20),
+            ("resnet-56", "residual", 56),
+            ("resnet-110", "residual", 110),
         )
-    )  # fmt: skip
+    )
     assert {name: style["label"] for name, style in look.items()} == {
-        "plain-20": "plain-20", "plain-56": "plain-56",
-        "resnet-20": "ResNet-20", "resnet-56": "ResNet-56", "resnet-110": "ResNet-110",
-    }  # fmt: skip
+        "plain-20": "plain-20",
+        "plain-56": "plain-56",
+        "resnet-20": "ResNet-20",
+        "resnet-56": "ResNet-56",
+        "resnet-110": "ResNet-110",
+    }
     yellow, red, black = (0.75, 0.75, 0), (1, 0, 0), (0, 0, 0)
     assert [style["color"] for style in look.values()] == [yellow, red, yellow, red, black]
     assert [style.get("dashes") for style in look.values()] == [DASHES["plain"]] * 2 + [None] * 3
@@ -33,15 +39,25 @@ def test_the_papers_five_networks_look_as_in_the_paper():
 
 def test_other_networks_get_colours_of_their_own():
     for count in (1, 6, 20):
-        look = styles(networks(*[(f"resnet-{6 * n + 26}", "residual", 6 * n + 26) for n in range(count)]))
+        look = styles(
+            networks(*[(f"resnet-{6 * n + 26}", "residual", 6 * n + 26) for n in range(count)])
+        )
         used = [tuple(style["color"]) for network, style in look.items()]
         assert len(set(used)) == count
-        own = [c for network, c in zip(look, used, strict=True) if network not in ("resnet-56", "resnet-110")]
+        own = [
+            c
+            for network, c in zip(look, used, strict=True)
+            if network not in ("resnet-56", "resnet-110")
+        ]
         assert not set(own) & set(PAPER_COLORS.values())
 
 
 def test_two_networks_of_one_depth_and_kind_differ():
-    look = styles(networks(("a", "residual", 56), ("b", "residual", 56), ("c", "plain", 56), ("d", "other", pd.NA)))
+    look = styles(
+        networks(
+            ("a", "residual", 56), ("b", "residual", 56), ("c", "plain", 56), ("d", "other", pd.NA)
+        )
+    )
     assert look["a"]["color"] == PAPER_COLORS[56] == look["c"]["color"]
     assert len({tuple(look[name]["color"]) for name in "abd"}) == 3
     assert [look[name]["label"] for name in "abcd"] == list("abcd")
@@ -49,8 +65,16 @@ def test_two_networks_of_one_depth_and_kind_differ():
 
 @pytest.mark.parametrize("label", ["_mine", "a$b$c", r"$\frac$", "<b>&amp;", "100%", "x^2_{3}"])
 def test_labels_are_shown_as_they_are(label):
-    frame = pd.DataFrame({"network": label, "kind": "other", "depth": None, "layer": [1, 2], "std": [1.0, 2.0],
-                          "source": "hooks"})  # fmt: skip
+    frame = pd.DataFrame(
+        {
+            "network": label,
+            "kind": "other",
+            "depth": None,
+            "layer": [1, 2],
+            "std": [1.0, 2.0],
+            "source": "hooks",
+        }
+    )
     figure = draw_fig7(frame)
     figure.canvas.draw()
     for axes in figure.axes:
@@ -103,5 +127,7 @@ def test_notes_stand_one_below_the_other():
     write_note(figure, "first")
     write_note(figure, "second\nin two lines")
     assert figure.get_supxlabel() == "first\nsecond\nin two lines"
-    [text] = figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_text() == figure.get_supxlabel())
+    [text] = figure.findobj(
+        lambda artist: isinstance(artist, Text) and artist.get_text() == figure.get_supxlabel()
+    )
     assert text.get_fontfamily() == RC["font.family"]

@@ -1,0 +1,1 @@
+"""The engine: pairs of convolution and BN, moments, folding, measurement, frames."""

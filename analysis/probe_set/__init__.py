@@ -1,0 +1,1 @@
+"""How the probe set is made: a maintainer's tool."""

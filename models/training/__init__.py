@@ -1,0 +1,1 @@
+"""The paper's recipe and the loop that runs it."""
