@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def make_job(args: argparse.Namespace, name: str) -> Job:
-    """Return what to do for one network. Raise ValueError if it, or so many images, do not exist."""
+    """Return what to do for one network. Raise ValueError if it does not exist."""
     import torch
 
     from models.resnet import SIZES, parse_name

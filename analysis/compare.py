@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, options: Options) -> None:
-    """Read, measure, write and print. Raise ValueError or OSError, with what to do, for bad input."""
+    """Read, measure, write and print. Raise ValueError or OSError for bad input."""
     import pandas as pd
 
     from analysis.statistics import compare_frames
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace, options: Options) -> None:
 
 
 def list_layers(entries: Sequence[Entry]) -> pd.DataFrame:
-    """Return every layer of every network under its label, with the difference to the first network.
+    """Return every layer of every network under its label, with its difference to the first.
 
     Networks deeper than the first have no difference: it is known only at the first one's layers,
     which lie between theirs.

@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, options: Options) -> None:
-    """Read, measure, write and print. Raise ValueError or OSError, with what to do, for bad input."""
+    """Read, measure, write and print. Raise ValueError or OSError for bad input."""
     from plots import draw_dynamics
 
     with together():
@@ -168,7 +168,7 @@ def read_epochs(path: Path) -> pd.DataFrame:
 def measure_snapshots(
     args: argparse.Namespace, options: Options, recipe: Recipe | None
 ) -> tuple[pd.DataFrame, dict[str, Any], list[str]]:
-    """Return the frame of all checkpoints, where its numbers come from, and notes for the figure."""
+    """Return the frame of all checkpoints, where it comes from, and notes for the figure."""
     import pandas as pd
 
     from analysis.measuring.steps import find_snapshots

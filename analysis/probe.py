@@ -8,8 +8,8 @@ measures networks (by default all that are shipped) on the test set and makes im
 on these images are from those on the test set, also for networks that had no part in it
 (--held-out), beside the closed form and as many images of the test set itself. It writes probe.webp
 (the images with a card), probe.csv (the errors) and probe.png/.pdf (CIFAR-10's images that are
-nearest to any of them) into --out. An interrupted command continues if it is run again. The set that
-is shipped is models/data/probe.webp.
+nearest to any of them) into --out. If it is run again after an interruption, it continues. The set
+that is shipped is models/data/probe.webp.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, make, print and write. Raise ValueError or OSError, with what to do, for bad input."""
+    """Measure, make, write and print. Raise ValueError or OSError for bad input."""
     import pandas as pd
 
     from analysis.measuring.measurement import Measurement
@@ -279,7 +279,7 @@ def describe(
 
 
 def load_all(path: Path) -> np.ndarray:
-    """Return CIFAR-10's images (N, 32, 32, 3): the test set, then the training set if it is there."""
+    """Return CIFAR-10's images (N, 32, 32, 3): the test set, then the training set, if there."""
     import numpy as np
 
     from models.data import cifar10

@@ -91,7 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace, options: Options) -> None:
-    """Measure, write and print. Raise ValueError or OSError, with what to do, for bad input."""
+    """Measure, write and print. Raise ValueError or OSError for bad input."""
     import pandas as pd
 
     from analysis.paper import judge, paper_curves

@@ -108,7 +108,7 @@ def summarise_pair(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, Any]:
     largest, layer, name: the largest difference of a layer (second minus first), and where it is.
     r, rho: Pearson's and Spearman's correlation over layers; NaN for fewer than three layers or a
         constant curve.
-    area: between the curves sorted by magnitude, as functions of the relative rank; in units of std.
+    area: between the curves sorted by magnitude, over the relative rank; in units of std.
     identical: whether networks with the same layers have the same numbers.
     """
     layers = compare_frames(first, second)

@@ -68,7 +68,7 @@ class Reader:
         self.files: dict[str, dict[str, Any]] = {}  # frames' paths -> digest and networks
 
     def read_item(self, text: str) -> list[Entry]:
-        """Return the things that `[LABEL=]ITEM` names: several if a frame holds several networks."""
+        """Return what `[LABEL=]ITEM` names: several things if a frame holds several networks."""
         label, path = split_label(text)
         if path.suffix != ".csv":
             item = find_item(text)

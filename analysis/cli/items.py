@@ -28,7 +28,7 @@ NO_IMAGES = "no images: the closed form from BN's tensors instead (--source batc
 
 @dataclass(frozen=True)
 class Item:
-    """A checkpoint: its label and kind, if they were given, its path, and the file if it was read."""
+    """A checkpoint: its path, the label and kind that were given, and the file if it was read."""
 
     label: str | None
     path: Path
@@ -37,7 +37,7 @@ class Item:
 
 
 def split_label(item: str) -> tuple[str | None, Path]:
-    """Split `LABEL=PATH`. An existing file wins: Lightning writes names like epoch=3-step=100.ckpt.
+    """Split `LABEL=PATH`. An existing file wins: Lightning writes epoch=3-step=100.ckpt.
 
     >>> split_label("mine=runs/best.pth")
     ('mine', PosixPath('runs/best.pth'))

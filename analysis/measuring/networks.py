@@ -70,7 +70,7 @@ class Options:
         return self.sources == ("batchnorm",)
 
     def model_for(self, label: str | None) -> str | None:
-        """Return the `FILE.py:FUNCTION` that builds the network with this label, if there is one."""
+        """Return what builds the network with this label, if there is something."""
         return self.models.get(label, self.models.get(None))
 
 
