@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from analysis.measuring.batches import device_of, run
-from analysis.measuring.measurement import PRECISIONS, evaluation, measuring
+from analysis.measuring.evaluation import evaluation
+from analysis.measuring.measurement import PRECISIONS, measuring
 
 Batches = Iterable[Tensor]
 Way = Callable[[nn.Module, list[str], Batches], list[float]]
@@ -42,10 +43,10 @@ def plain_forward(precision: str) -> Way:
 
 def toolkit(precision: str) -> Way:
     def way(model: nn.Module, names: list[str], batches: Batches) -> list[float]:
-        with measuring(model, precision=precision) as measurement:
+        with measuring(model, precision=precision) as meter:
             for x in batches:
-                measurement.add(x)
-        return [layer.moments.std for layer in measurement.result().layers]
+                meter.add(x)
+        return [layer.moments.std for layer in meter.result().layers]
 
     return way
 

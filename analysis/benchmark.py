@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
     import pandas as pd
     import torch
 
-    from analysis.measuring.measurement import WITHOUT_TF32
+    from analysis.measuring.evaluation import without_tf32
     from plots.benchmark import draw_benchmark
 
     check_folder(args.out)
@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
     jobs = [make_job(args, name) for name in dict.fromkeys(args.networks)]
     rows: list[dict[str, Any]] = []
     for job in jobs:
-        with WITHOUT_TF32():  # float32 is float32, whichever way
+        with without_tf32():  # float32 is float32, whichever way
             part = measure_job(job, args.repeats)
         print(table(pd.DataFrame(part, columns=list(COLUMNS))) + "\n", flush=True)
         rows += part

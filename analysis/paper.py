@@ -115,7 +115,9 @@ def lengths(number: Number, iterations: Mapping[str, int | None]) -> str:
 
 def below_plain(frame: pd.DataFrame, blocks: pd.DataFrame | None) -> Iterator[Number]:
     """Every residual network against every plain one of its depth."""
-    for (_, ours), (_, plain) in product(networks_of(frame, "residual"), networks_of(frame, "plain")):
+    for (_, ours), (_, plain) in product(
+        networks_of(frame, "residual"), networks_of(frame, "plain")
+    ):
         if ours["depth"].iloc[0] != plain["depth"].iloc[0] or not one_family(ours, plain):
             continue
         names = both_names(ours, plain)

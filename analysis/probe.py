@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help 
     from torch import Tensor
 
     from analysis.cli.items import Plan
-    from analysis.measuring.measurement import Result
+    from analysis.measuring.measurement import Measurement
     from analysis.probe_set.synthesis import Spectrum
     from models.data.cifar10 import Cifar10
 
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
     import pandas as pd
 
     from analysis.cli.items import prepare
-    from analysis.measuring.measurement import Result
+    from analysis.measuring.measurement import Measurement
     from analysis.measuring.networks import compute, run_on
     from models import zoo
     from models.data.cifar10 import Cifar10
@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> None:
         run_on(args, plan.networks, part) for part in parts_of(plan.data, args.count, args.seed)
     ]
     by_network = list(zip(*by_part, strict=True))
-    results = [reduce(Result.merge, parts) for parts in by_network]
+    results = [reduce(Measurement.merge, parts) for parts in by_network]
     images = make(args, plan, results[: len(made_with)])
     probe = Probe(images, None, {}, args.out / "probe.webp")
     again = run_on(args, plan.networks, probe)
@@ -169,7 +169,7 @@ def run(args: argparse.Namespace) -> None:
     print(written)
 
 
-def make(args: argparse.Namespace, plan: Plan, results: list[Result]) -> np.ndarray:
+def make(args: argparse.Namespace, plan: Plan, results: list[Measurement]) -> np.ndarray:
     """The images (N, 32, 32, 3), uint8, from where an interrupted run has left them. The state is
     saved every round.
     """
@@ -272,7 +272,7 @@ def parts_of(test: Cifar10, count: int, seed: int) -> list[Cifar10]:
 
 
 def errors(
-    test: Result, probe: Result, formula: pd.DataFrame, parts: Sequence[Result]
+    test: Measurement, probe: Measurement, formula: pd.DataFrame, parts: Sequence[Measurement]
 ) -> dict[str, float]:
     """How far from the layers' std on the test set those on the images are, and those of the closed
     form, relatively.
@@ -385,7 +385,7 @@ def compare_pixels(images: np.ndarray, path: Path) -> tuple[Figure, str]:
     )
 
 
-def print_table(table: pd.DataFrame, parts: Sequence[Result]) -> None:
+def print_table(table: pd.DataFrame, parts: Sequence[Measurement]) -> None:
     """One line a network: how far from the test set's its stds are on the images, and what to hold
     that against.
     """

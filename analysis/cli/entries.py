@@ -175,12 +175,12 @@ def read_frame(path: Path) -> pd.DataFrame:
     import numpy as np
     import pandas as pd
 
-    from analysis.measuring.frame import COLUMNS, INTEGERS, read_columns
+    from analysis.measuring.frame import complete, is_frame, read_columns
 
     text = ["network", "kind", "name", "norm", "source"]
     real = ["mean", "std", "within", "between"]
     columns = read_columns(path)
-    if columns != list(COLUMNS):
+    if not is_frame(columns):
         raise ValueError(f"its columns are {', '.join(columns)[:200]}")
     frame = pd.read_csv(
         path, dtype=dict.fromkeys(text + real, str), keep_default_na=False, na_values=[""]
@@ -195,7 +195,7 @@ def read_frame(path: Path) -> pd.DataFrame:
             raise ValueError(
                 f"{odd[0][:80]!r} in column {column} is unprintable, or a formula for a spreadsheet"
             )
-    frame = frame.astype(dict.fromkeys(INTEGERS, "Int64"))
+    frame = complete(frame)
     frame = frame.astype(
         dict.fromkeys(real, float)
     )  # exactly what was written, which read_csv of pandas 2 misses

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
-from functools import partial, reduce
+from functools import reduce
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help 
     from torch import Tensor
 
     from analysis.cli.items import Data, Network, Plan
-    from analysis.measuring.measurement import Result
+    from analysis.measuring.measurement import Measurement
 
 BLOCK_IMAGES = (
     1000  # on which residual blocks are measured: the whole probe set, and enough of others
@@ -159,10 +159,16 @@ def measure_on(args: argparse.Namespace, networks: list[Network], data: Data) ->
     for network, result in zip(networks, run_on(args, networks, data), strict=True):
         with named(network):
             frames.append(result.to_frame(network.label))
+            frames[-1].attrs |= {
+                "accuracy": result.accuracy,
+                "unpaired": list(result.unpaired),
+                "unseen": list(result.unseen),
+                "path": result.method,
+            }
     return frames
 
 
-def run_on(args: argparse.Namespace, networks: list[Network], data: Data) -> list[Result]:
+def run_on(args: argparse.Namespace, networks: list[Network], data: Data) -> list[Measurement]:
     """What measuring each network on images gives; of several processes each measures its part of
     them.
 
@@ -170,7 +176,7 @@ def run_on(args: argparse.Namespace, networks: list[Network], data: Data) -> lis
     """
     from tqdm import tqdm
 
-    from analysis.measuring.measurement import Result, measuring
+    from analysis.measuring.measurement import Measurement, measuring
     from models.data.folder import ImageFolder
     from models.data.formats import CLASSES
 
@@ -188,10 +194,9 @@ def run_on(args: argparse.Namespace, networks: list[Network], data: Data) -> lis
         bar = stack.enter_context(tqdm(total=total, unit=" images", leave=False, disable=silent))
         measurements = []
         for network in networks:
-            measurements.append(
-                stack.enter_context(measuring(network.model.to(device), precision=args.precision))
-            )
-            measurements[-1].classes = classes
+            options = {"precision": args.precision, "classes": classes, "first_image": first}
+            meter = measuring(network.model.to(device), **options)
+            measurements.append(stack.enter_context(meter))
         for batches in stack.enter_context(closing(make_batches(args, data, networks, first, end))):
             for network, measurement, batch in zip(networks, measurements, batches, strict=True):
                 bar.set_description(network.label)
@@ -204,7 +209,7 @@ def run_on(args: argparse.Namespace, networks: list[Network], data: Data) -> lis
     merged = []
     for network, *others in zip(networks, *(results for results, _ in parts), strict=True):
         with named(network):
-            merged.append(reduce(Result.merge, others))
+            merged.append(reduce(Measurement.merge, others))
     return merged
 
 
@@ -259,9 +264,9 @@ def measure_blocks(args: argparse.Namespace, plan: Plan) -> pd.DataFrame | None:
     """
     import pandas as pd
 
-    from analysis.measuring.batches import Parts, run
+    from analysis.measuring.batches import run
     from analysis.measuring.blocks import recording_blocks
-    from analysis.measuring.measurement import evaluation
+    from analysis.measuring.evaluation import evaluation
 
     if plan.data is None:
         return None
@@ -272,14 +277,14 @@ def measure_blocks(args: argparse.Namespace, plan: Plan) -> pd.DataFrame | None:
             stack.enter_context(evaluation(network.model))
             record = stack.enter_context(recording_blocks(network.model))
             if record.blocks:
-                records.append((network, record, Parts(network.label)))
-        networks = [network for network, _, _ in records]
+                records.append((network, record))
+        networks = [network for network, _ in records]
         for batches in make_batches(args, some, networks, 0, len(some)) if networks else ():
-            for (network, record, parts), batch in zip(records, batches, strict=True):
+            for (network, _), batch in zip(records, batches, strict=True):
                 with named(network):
-                    list(parts(batch, record.whole_pass()(partial(run, network.model))))
+                    run(network.model, batch)
     frames = []
-    for network, record, _ in records:
+    for network, record in records:
         with named(network):
             frames.append(record.to_frame(network.label))
     return pd.concat(frames) if frames else None
@@ -295,7 +300,6 @@ def make_batches(
     """
     import torch
 
-    from analysis.measuring.batches import Parts
     from models.data.folder import ImageFolder
     from models.resnet import SIZES
 
@@ -311,7 +315,7 @@ def make_batches(
 
     side = SIZES["imagenet" if isinstance(data, ImageFolder) else "cifar"]
     size = args.batch_size or default_batch_size(side, device_of(args).type)
-    few, parts = min(first + FEW, end), Parts("images")
+    few = min(first + FEW, end)
     for images, labels in chain(data.batches(size, first, few), data.batches(size, few, end)):
         arrays = [images] if labels is None else [images, labels]
-        yield from parts([torch.from_numpy(array) for array in arrays], normalise)
+        yield normalise([torch.from_numpy(array) for array in arrays])

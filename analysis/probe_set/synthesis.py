@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from analysis.measuring.measurement import Result
+from analysis.measuring.measurement import Measurement
 from models.data.preprocessing import Preprocessing
 
 PART = 64  # images in a step
@@ -118,7 +118,11 @@ class Goal:
     """A network, and the statistics of its responses to the test set."""
 
     def __init__(
-        self, model: nn.Module, preprocessing: Preprocessing, result: Result, weight: float = 1.0
+        self,
+        model: nn.Module,
+        preprocessing: Preprocessing,
+        result: Measurement,
+        weight: float = 1.0,
     ) -> None:
         """weight: of this network's distance, beside the other networks'."""
         device = next(model.parameters()).device
