@@ -6,6 +6,9 @@ and BN's pass over memory is saved. That is right only if the convolution's outp
 and nowhere else, which the first batch of every image size proves (analysis.measuring.pairs).
 Later batches check it again: BN's input must be the convolution's output, unchanged, and no other
 operation may compute with that. Everything else stays live. In doubt, plain hooks measure.
+
+Folded weights are made anew if a tensor that they depend on was replaced or written to. Only what
+is written in place through `.data`, NumPy or DLPack leaves no trace.
 """
 
 from __future__ import annotations

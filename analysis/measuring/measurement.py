@@ -265,9 +265,9 @@ class Meter:
             return f"hooks: one batch{' of each size' if len(self.sizes) > 1 else ''} only"
         if not reasons:
             return "folded"
-        first = next(iter(reasons.values()))
-        some = f"{len(reasons)} of {len(self.record.first)} layers, since "
-        return f"hooks: {some if len(reasons) < len(self.record.first) else ''}{first}"
+        layers, first = self.record.first, next(iter(reasons.values()))
+        some = sum(layer.name in reasons for layer in layers)
+        return f"hooks: {f'{some} of {len(layers)} layers, since ' * (some < len(layers))}{first}"
 
     def result(self) -> Measurement:
         """Return what was measured so far."""

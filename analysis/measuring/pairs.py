@@ -133,9 +133,7 @@ class Recording:
             self.strangers[name] = "hooks and training flags do not reach it"
 
     def after_module(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """Hook of all modules: track a convolution's output, or take in a norm's response."""
-        if (module not in self.convs and module not in self.norms) or module in self.folded:
-            return
+        """Track a convolution's output, or take in a norm's response."""
         if get_ident() != self.thread:
             return
         while (frame := self.flow.stack.pop()).module is not module:
