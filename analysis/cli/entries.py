@@ -175,12 +175,12 @@ def read_frame(path: Path) -> pd.DataFrame:
     import numpy as np
     import pandas as pd
 
-    from analysis.measuring.frame import complete, is_frame, read_columns
+    from analysis.measuring.frame import COLUMNS, COLUMNS_0_1, complete, read_columns
 
     text = ["network", "kind", "name", "norm", "source"]
     real = ["mean", "std", "within", "between"]
     columns = read_columns(path)
-    if not is_frame(columns):
+    if tuple(columns) not in (COLUMNS, COLUMNS_0_1):
         raise ValueError(f"its columns are {', '.join(columns)[:200]}")
     frame = pd.read_csv(
         path, dtype=dict.fromkeys(text + real, str), keep_default_na=False, na_values=[""]

@@ -123,9 +123,8 @@ def restore_attributes(
 
 
 def replace_items(items: dict[str, Any], before: dict[str, Any]) -> None:
-    if items != before:
-        items.clear()
-        items.update(before)
+    items.clear()
+    items.update(before)
 
 
 def put_back(tensor: Tensor, data: Tensor, before: Tensor) -> None:

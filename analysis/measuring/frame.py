@@ -31,7 +31,7 @@ COLUMNS = (
     *("channels", "height", "width", "images", "count"),
     *("mean", "std", "std_error", "within", "between", "source", "dominated"),
 )
-NEWER = ("std_error", "dominated")  # columns that files of version 0.1 do not have
+COLUMNS_0_1 = tuple(name for name in COLUMNS if name not in ("std_error", "dominated"))
 
 LINE = 4096  # characters of the line with the column names
 LARGEST = 64 * 2**20  # bytes of a CSV file; a row is a layer and has some 200
@@ -51,17 +51,8 @@ def read_columns(path: Path) -> list[str]:
     return [name.strip(' "') for name in line.rstrip("\n").split(",")]
 
 
-def is_frame(columns: Sequence[str]) -> bool:
-    """Whether these are the columns of a frame, of this version or 0.1.
-
-    >>> is_frame(COLUMNS), is_frame([name for name in COLUMNS if name not in NEWER])
-    (True, True)
-    """
-    return list(columns) in (list(COLUMNS), [name for name in COLUMNS if name not in NEWER])
-
-
 def complete(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return a frame with all columns, in order, and their types; missing columns are empty."""
+    """Return a frame, of this version or 0.1, with all columns in order and of their types."""
     types = {**dict.fromkeys(INTEGERS, "Int64"), "std_error": "float64", "dominated": "boolean"}
     return frame.reindex(columns=list(COLUMNS)).astype(types)
 

@@ -144,12 +144,11 @@ def measuring(
                 f"{name or 'the network'} is a torch.jit module, and hooks see nothing of what "
                 "runs inside it: measure the network that it was made from"
             )
-    record = Recording(model, kernel_size, grouped=grouped)
-    meter = Meter(model, record, precision, fold, forward, classes, first_image)
 
     def setup(stack: ExitStack) -> Meter:
-        stack.enter_context(evaluation(model))
-        return meter
+        stack.enter_context(evaluation(model))  # first, since eval() may replace modules
+        record = Recording(model, kernel_size, grouped=grouped)
+        return Meter(model, record, precision, fold, forward, classes, first_image)
 
     return restoring(setup)
 
@@ -271,10 +270,10 @@ class Meter:
 
     def result(self) -> Measurement:
         """Return what was measured so far."""
-        config = config_of(unwrapped(self.model))
+        kind, depth = network_in(self.model)
         return Measurement(
-            kind=config.kind if config else "other",
-            depth=config.depth if config else None,
+            kind=kind,
+            depth=depth,
             layers=self.record.layers,
             unpaired=dict(self.record.unpaired),
             unseen=self.record.unseen,
@@ -314,13 +313,13 @@ class Measurement:
     def std_without_groups(self) -> np.ndarray:
         """Return the std of every layer without one group of images: (20, layers).
 
-        A group that has no images changes nothing. For the jackknife see analysis.measuring.moments.
+        NaN on too few images; see `Moments.has_groups`.
         """
         return np.stack([x.moments.std_without_groups().numpy() for x in self.layers], axis=1)
 
     @property
     def std_error(self) -> np.ndarray:
-        """Sampling error of every layer's std; NaN on too few images (see Moments.has_groups)."""
+        """Sampling error of every layer's std; NaN on too few images."""
         return np.array([layer.moments.std_error for layer in self.layers])
 
     @property
@@ -390,6 +389,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while is_wrapper(model):
         model = next(model.children())
     return model
+
+
+def network_in(model: nn.Module) -> tuple[str, int | None]:
+    """Return kind and depth of one of the paper's networks, or `other` and None."""
+    config = config_of(unwrapped(model))
+    return (config.kind, config.depth) if config else ("other", None)
 
 
 def name_of(model: nn.Module) -> str:

@@ -249,7 +249,9 @@ class Moments:
         return math.hypot(self.within, self.between)
 
     def std_without_groups(self) -> Tensor:
-        """Return the std of all values but those of one group, for every group: (GROUPS,)."""
+        """Return the std of all values but those of one group: (GROUPS,); NaN without groups."""
+        if not self.has_groups:
+            return torch.full((GROUPS,), torch.nan, dtype=torch.float64)
         every = torch.ones(GROUPS, GROUPS, dtype=torch.float64, device=self.counts.device)
         counts, mean, m2 = self.pooled(every.fill_diagonal_(0))
         return ((m2 / counts).mean(1) + mean.var(1, correction=0)).sqrt()
@@ -266,7 +268,7 @@ class Moments:
     @property
     def std_error(self) -> float:
         """Sampling error of the std over images, by the jackknife; NaN without groups."""
-        return float(jackknife(self.std_without_groups())) if self.has_groups else math.nan
+        return float(jackknife(self.std_without_groups()))
 
     @property
     def dominated(self) -> bool | None:

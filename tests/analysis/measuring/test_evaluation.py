@@ -41,7 +41,7 @@ def state_of(network):
     return {
         "names": list(dict(network.named_modules())),
         "identities": {name: (id(x), x.data_ptr()) for name, x in tensors.items()},
-        "values": {name: x.detach().numpy().tobytes() for name, x in tensors.items()},
+        "values": {name: x.detach().clone().numpy().tobytes() for name, x in tensors.items()},
         "shapes": {name: x.shape for name, x in tensors.items()},
         "flags": [module.training for module in network.modules()],
         "own": [sorted(vars(module)) for module in network.modules()],

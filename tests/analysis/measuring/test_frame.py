@@ -1,7 +1,7 @@
 import pandas as pd
 import pytest
 
-from analysis.measuring.frame import COLUMNS, NEWER, complete, is_frame, make_frame
+from analysis.measuring.frame import COLUMNS, COLUMNS_0_1, complete, make_frame
 
 
 def test_columns_order_types_and_values():
@@ -69,10 +69,7 @@ def test_a_network_of_other_code_may_be_called_as_one_of_the_papers(network, lay
 
 def test_files_of_version_0_1_are_completed():
     frame = make_frame([{"std": 0.5, "layer": 2, "std_error": 0.1, "dominated": True}], network="a")
-    old = frame.drop(columns=list(NEWER))
-    assert is_frame(list(frame.columns))
-    assert is_frame(list(old.columns))
-    assert not is_frame(list(old.columns)[:-1])
+    old = frame[list(COLUMNS_0_1)]
     completed = complete(old)
     assert completed.columns.tolist() == list(COLUMNS)
     assert completed["std_error"].isna().all()

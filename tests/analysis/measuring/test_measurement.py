@@ -703,6 +703,7 @@ def test_processes_that_share_the_images_give_what_one_gives():
     np.testing.assert_allclose(merged.std_without_groups(), whole.std_without_groups(), rtol=1e-6)
     assert merged.dominated == [False] * 7
     assert np.isnan(first.std_error).all()
+    assert np.isnan(first.std_without_groups()).all()
 
 
 def test_one_image_that_dominates_a_layer_is_flagged():
