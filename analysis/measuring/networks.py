@@ -157,15 +157,11 @@ def measure_networks(
 
 def report_gaps(label: str, measurement: Measurement, verbose: bool) -> None:
     """Say which convolutions are not measured, and why."""
-    for name_reasons, words in (
-        (measurement.unpaired, "not measured"),
-        (dict.fromkeys(measurement.unseen, "they did not run as modules"), "not measured"),
-    ):
-        by_reason: dict[str, list[str]] = {}
-        for name, reason in name_reasons.items():
-            by_reason.setdefault(reason, []).append(name)
-        for reason, names in by_reason.items():
-            print(f"{label}: {words}, {reason}: {list_names(names)}")
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in {**measurement.unpaired, **measurement.unseen}.items():
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        print(f"{label}: not measured, {reason}: {list_names(names)}")
     if verbose:
         print(f"{label}: measured {measurement.method}")
 
