@@ -180,11 +180,12 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     A source that is named twice counts once. Options that say how images are measured are named on
     stderr where only the closed form is asked for.
     """
-    from models.data.preprocessing import PER_PIXEL, PRESETS
+    from models.checkpoints.loading import parse_normalize
 
-    presets = ["auto", *PRESETS, PER_PIXEL]
-    if args.normalize not in presets:
-        parser.error(f"--normalize: unknown preset {args.normalize!r}; one of {', '.join(presets)}")
+    try:
+        parse_normalize(None if args.normalize == "auto" else args.normalize)
+    except ValueError as error:
+        parser.error(f"--normalize: {error}")
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -254,7 +255,7 @@ def prepare(args: argparse.Namespace, found: Sequence[Found]) -> Plan:
 def load_checkpoint(args: argparse.Namespace, item: Found, sample: Any) -> Checkpoint:
     """Read one checkpoint; where nothing else says whether it is residual or plain, its label does."""
     from models.checkpoints.custom import build_from
-    from models.checkpoints.loading import load
+    from models.checkpoints.loading import read
     from models.resnet import parse_name
 
     ours = is_shipped(item.path)  # its card says all that options say of others
@@ -262,17 +263,15 @@ def load_checkpoint(args: argparse.Namespace, item: Found, sample: Any) -> Check
     normalize = None if args.normalize == "auto" or ours else args.normalize
     options: dict[str, Any] = {"normalize": normalize, "ema": args.ema and not ours, "model": model}
     options["need_model"] = args.source != ["batchnorm"]
-    checkpoint = load(item.path, kind=item.kind, images=sample, **options)
     try:
         named = parse_name(item.label or "")
     except ValueError:
-        return checkpoint  # a label of the user's own
-    if checkpoint.config is None:
-        return checkpoint
-    if checkpoint.how["kind"].startswith("assumed") and named.kind != checkpoint.config.kind:
-        checkpoint = load(item.path, kind=named.kind, images=sample, **options)
+        named = None  # a label of the user's own
+    file = read(item.path, ema=options.pop("ema"))
+    candidates = file.candidates(kind=item.kind, **options)
+    checkpoint = candidates.choose(sample, likely_kind=named.kind if named else None)
     config = checkpoint.config
-    if config is not None and named.name != config.name:
+    if named is not None and config is not None and named.name != config.name:
         checkpoint.warnings.append(f"the label says {item.label}, the file holds {config.name}")
     return checkpoint
 
@@ -309,10 +308,10 @@ def check_label(label: str) -> str:
 def announce(network: Network, data: Data | None) -> None:
     """Say what a network is and how that is known; warnings go to stderr."""
     label, checkpoint = network.label, network.checkpoint
-    how, config = checkpoint.how, checkpoint.config
+    config = checkpoint.config
     iterations = trained(checkpoint)
     length = "" if iterations is None else f", trained for {iterations:,} iterations"
-    copy = f", weights: {how['weights']}" if "weights" in how else ""
+    copy = f", weights: {checkpoint.weights_note}" if checkpoint.weights_note else ""
     name = (
         config.name
         if config
@@ -320,7 +319,7 @@ def announce(network: Network, data: Data | None) -> None:
         if checkpoint.model
         else "none of the paper's"
     )
-    print(f"{label}: network {name} ({how['kind']}){length}{copy}")
+    print(f"{label}: network {name} ({checkpoint.how_kind()}){length}{copy}")
     if data is not None and checkpoint.preprocessing is not None:
         padding = (
             ""
@@ -328,7 +327,7 @@ def announce(network: Network, data: Data | None) -> None:
             else f", {checkpoint.crop_padding} padding in training"
         )
         print(
-            f"{label}: preprocessing {checkpoint.preprocessing.name}{padding} ({how['preprocessing']})"
+            f"{label}: preprocessing {checkpoint.preprocessing.name}{padding} ({checkpoint.how_preprocessing()})"
         )
     for warning in checkpoint.warnings:
         print(f"warning: {label}: {warning}", file=sys.stderr)
@@ -336,13 +335,7 @@ def announce(network: Network, data: Data | None) -> None:
 
 def trained(checkpoint: Checkpoint) -> int | None:
     """For how many iterations, where the file has a card of our trainer that says so."""
-    training = checkpoint.card.get("training")
-    iterations = (
-        training.get("iteration", training.get("iterations"))
-        if isinstance(training, dict)
-        else None
-    )
-    return iterations if isinstance(iterations, int) else None
+    return checkpoint.iterations
 
 
 def find_data(args: argparse.Namespace, checkpoints: list[Checkpoint]) -> Data | None:

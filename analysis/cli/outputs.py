@@ -142,7 +142,7 @@ def describe_network(
     """Where a network's numbers come from, as JSON can hold it."""
     checkpoint, data = network.checkpoint, plan.data
     name = None if checkpoint.config is None else checkpoint.config.name
-    known = checkpoint.how["kind"]
+    known = checkpoint.how_kind()
     builder = args.model if known.startswith("built by --model") else None
     entry: dict[str, Any] = {
         "checkpoint": {
@@ -158,7 +158,7 @@ def describe_network(
     if "hooks" in plan.sources and data is not None and checkpoint.preprocessing is not None:
         entry["preprocessing"] = {
             "name": checkpoint.preprocessing.name,
-            "known": checkpoint.how["preprocessing"],
+            "known": checkpoint.how_preprocessing(),
             "crop_padding": checkpoint.crop_padding,
         }
         entry["data"] = {**data.provenance(), "images": int(frame["images"].max())}

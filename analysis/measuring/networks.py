@@ -133,7 +133,16 @@ def compute(network: Network) -> pd.DataFrame:
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from error
     kind, depth = ("other", None) if config is None else (config.kind, config.depth)
-    unpaired, ambiguous = rows.attrs.pop("unpaired"), rows.attrs.pop("ambiguous")
+    unpaired, ambiguous = list(rows.attrs.pop("unpaired")), rows.attrs.pop("ambiguous")
+    idle, assumed = rows.attrs.pop("idle"), rows.attrs.pop("eps")
+    effect = rows.attrs.pop("eps_effect")
+    if idle:
+        print(f"{network.label}: left out, they never ran: {list_names(idle)}")
+    if assumed is not None:
+        print(
+            f"{network.label}: eps {assumed:g} is assumed, as the file does not say it: 1e-5, 1e-3 or "
+            f"0 would change a layer's std by at most {100 * effect:.1f} %"
+        )
     if unpaired:
         print(
             f"{network.label}: not computed, no BN seems to take in their output: {list_names(unpaired)}"

@@ -15,7 +15,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -339,7 +339,7 @@ def zip_parts(data: bytes) -> dict[str, memoryview]:
 
 
 def materialise(
-    tensors: dict[str, Tensor | Described], content: Content, size: int
+    tensors: Mapping[str, Tensor | Described], content: Content, size: int
 ) -> dict[str, Tensor]:
     """Return tensors that own their numbers.
 
