@@ -94,7 +94,9 @@ def closed_form(
     }
     frame.attrs |= {
         "unpaired": unpaired,
-        "ambiguous": [pair for pair in pairs.ambiguous if pair.split(" -> ")[0] in set(frame["name"])],
+        "ambiguous": [
+            pair for pair in pairs.ambiguous if pair.split(" -> ")[0] in set(frame["name"])
+        ],
         "idle": idle,
         "sorted": pairs.sorted,
         "eps": assumed,
@@ -173,7 +175,10 @@ def idle_norms(state: Mapping[str, Tensor], norms: list[str]) -> list[str]:
         and not state.get(f"{norm}.running_mean", torch.zeros(())).any()
     }
     idle = set()
-    for some, known in ((zero, [norm for norm in norms if counted[norm] is not None]), (new, norms)):
+    for some, known in (
+        (zero, [norm for norm in norms if counted[norm] is not None]),
+        (new, norms),
+    ):
         idle |= some if len(some) < len(known) else set()
     return [norm for norm in norms if norm in idle]
 
@@ -206,7 +211,9 @@ class Pairs:
     def __post_init__(self) -> None:
         self.sorted = is_sorted(self.state)
         keys = sorted(self.state, key=natural) if self.sorted else list(self.state)
-        self.place: dict[str, int] = {}  # of convolutions and BNs, by name, in the order of the file
+        self.place: dict[
+            str, int
+        ] = {}  # of convolutions and BNs, by name, in the order of the file
         for key in keys:
             module, _, leaf = key.rpartition(".")
             self.leaves.setdefault(module, []).append(leaf)
@@ -218,7 +225,7 @@ class Pairs:
                 self.place[module] = len(self.place)
         self.parents = {norm[:end] for norm in self.norms for end in dots(norm)}  # modules with BNs
         self.named = {norm: self.find_namesake(norm) for norm in self.norms}
-        owned = {name for name, fits in self.named.values() if fits}
+        owned = {name for name, fits in self.named.values() if name and fits}
         contrary = {group(norm) for norm, (name, fits) in self.named.items() if name and not fits}
         pending: list[str] = []  # convolutions since the last BN
         orphans: list[str] = []
@@ -258,7 +265,9 @@ class Pairs:
         if not fits:
             if ordered is None or ordered in self.certain:
                 return None, ""
-            return ordered, "" if self.is_near(ordered, norm) else f"the next BN, {norm}, is elsewhere"
+            return ordered, "" if self.is_near(
+                ordered, norm
+            ) else f"the next BN, {norm}, is elsewhere"
         assert name is not None
         if group(norm) in contrary:
             return name, f"BNs called like {norm} do not follow their convolutions in other blocks"

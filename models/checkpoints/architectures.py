@@ -24,6 +24,10 @@ class UnknownNetwork(ValueError):
     """The tensors are not those of one of our networks."""
 
 
+class OtherNetwork(UnknownNetwork):
+    """The shapes are not those of one of our networks, or only those of its 3x3 convolutions."""
+
+
 def candidates_for(state: dict[str, Tensor], card: dict[str, Any]) -> list[ResNet]:
     """Return the networks that a state dict can be, the likeliest first.
 
@@ -33,11 +37,15 @@ def candidates_for(state: dict[str, Tensor], card: dict[str, Any]) -> list[ResNe
     try:
         return [make_network(config, state) for config in configs(state, card)]
     except UnknownNetwork as error:
+        hint = ""
         try:
             renamed = rename_by_shapes(state)
-        except UnknownNetwork as hint:
-            raise UnknownNetwork(f"{error}{hint}; {WAYS}") from error
-    return [make_network(config, renamed) for config in configs(renamed, card)]
+            return [make_network(config, renamed) for config in configs(renamed, card)]
+        except OtherNetwork as other:
+            hint = str(other)
+        except UnknownNetwork:
+            pass
+        raise UnknownNetwork(f"{error}{hint}; {WAYS}") from error
 
 
 def configs(state: Mapping[str, Tensor], card: dict[str, Any]) -> list[Config]:
@@ -46,7 +54,9 @@ def configs(state: Mapping[str, Tensor], card: dict[str, Any]) -> list[Config]:
     bottleneck = "layer1.0.conv3.weight" in state
     shortcuts, kinds, paddings = ["A"], [*KINDS.values()], ["both", "after"]
     if any(".downsample." in name for name in state):
-        identity = BLOCKS[depth][0] - 1 if images == "imagenet" else 0  # a block that changes nothing
+        identity = (
+            BLOCKS[depth][0] - 1 if images == "imagenet" else 0
+        )  # a block that changes nothing
         named = f"layer1.{identity}.downsample.0.weight"
         shortcuts, kinds, paddings = ["C" if named in state else "B"], ["residual"], ["both"]
     elif images == "cifar":
@@ -127,7 +137,7 @@ def rename_by_shapes(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Convolutions are told by kernel and shape, in their order; 1x1 convolutions are shortcuts, so
     that bottlenecks are not known. A convolution's bias is taken off BN's running mean. Raises
-    UnknownNetwork, with what is alike in words if there is any, for another network.
+    OtherNetwork, with what is alike in words if there is any, for another network.
     """
     pairs = Pairs(state)
     convs = sorted(pairs.convs, key=lambda name: pairs.convs[name].shape[1] != 3)  # the stem first
@@ -145,24 +155,26 @@ def rename_by_shapes(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if [pairs.convs[name].shape for name in theirs[: len(wide)]] != shapes[: len(wide)]:
             continue
         hint = (
-            f"; its {len(wide)} 3×3 convolutions have the shapes of {config.name}: "
+            f"; its {len(wide)} 3\N{MULTIPLICATION SIGN}3 convolutions have the shapes of {config.name}: "
             f"{config.name}=FILE as its label draws the paper's curve beside it"
         )
         same = [pairs.convs[name].shape for name in theirs] == shapes
         if not same or len(linear) != 1 or any(name not in pairs.certain for name in theirs):
-            raise UnknownNetwork(hint)
+            raise OtherNetwork(hint)
         renamed: dict[str, Tensor] = {}
+        used = {linear[0]}
         for name, our in zip(theirs, names, strict=True):
             norm = our.replace("conv", "bn") if "conv" in our else f"{our[:-1]}1"
             renamed |= take_pair(state, pairs, name, our, norm)
+            used |= {f"{name}.weight", f"{name}.bias"}
+            used |= {f"{pairs.certain[name]}.{leaf}" for leaf in pairs.leaves[pairs.certain[name]]}
         renamed["fc.weight"] = state[linear[0]]
         bias = f"{linear[0].rpartition('.')[0]}.bias"
         renamed |= {"fc.bias": state[bias]} if bias in state else {}
-        used = {*theirs, *(pairs.certain[name] for name in theirs), linear[0].rpartition(".")[0]}
-        if any(name.rpartition(".")[0] not in used for name in state):
-            raise UnknownNetwork(hint)
+        if not state.keys() <= used | {bias}:
+            raise OtherNetwork(hint)
         return renamed
-    raise UnknownNetwork("")
+    raise OtherNetwork("")
 
 
 def configs_by_shape(wide: int, narrow: int) -> list[Config]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from models.batchnorm import check_norm
-from models.checkpoints.formats import Described, Unreadable
+from models.checkpoints.pickles import Described, Unreadable
 from models.messages import is_plain
 
 Weights = Mapping[str, Tensor | Described]
@@ -75,10 +75,12 @@ def choose_weights(tree: Any, weights: str | None, ema: bool) -> Chosen:
         raise Unreadable(
             f"no EMA copy in it (looked under {', '.join(EMA_WRAPPERS)}); leave out --ema"
         )
-    if part:
+    if part or rest:
         inner = tuple(root for root in rest if root.startswith(part))
         tensors = {
-            key: x for key, x in tensors.items() if key.startswith(part) and not key.startswith(inner)
+            key: x
+            for key, x in tensors.items()
+            if key.startswith(part) and not key.startswith(inner)
         }
     others += [root.rstrip(".") or "the top level" for root in rest]
     return Chosen(tensors, describe_choice(part.rstrip(".") or name, averages.get(name), others))
@@ -190,7 +192,9 @@ def bare(state: Weights) -> Weights:
     result = {short: state[name] for name, short in names.items()}
     if len(result) < len(names):
         twice = next(short for name, short in names.items() if short != name and short in state)
-        raise Unreadable(f"two tensors in it are called {twice}, apart from the prefixes of wrappers")
+        raise Unreadable(
+            f"two tensors in it are called {twice}, apart from the prefixes of wrappers"
+        )
     return result
 
 
@@ -226,7 +230,7 @@ def choose_root(state: Weights, weights: str | None, ema: bool) -> tuple[str, li
         return next(iter(wanted), ""), [root for root in roots if root not in wanted]
     wanted = [root for root in roots if bool(EMA.search(root)) == ema] or roots
     if len(wanted) > 1:
-        names = ", ".join(wanted)
+        names = ", ".join(sorted(wanted))
         raise Unreadable(f"it holds {len(wanted)} networks: {names}; --weights NAME chooses one")
     if len(roots) < 2:
         return "", []
