@@ -19,6 +19,7 @@ from models.files import replacing
 from models.resnet import OPTIONS, ResNet
 
 MEAN, STD = "preprocessing.mean", "preprocessing.std"  # tensors in our own files
+DIGEST = "layer-responses.sha256"  # in their metadata: of the card and the tensors
 CARD = {**OPTIONS, "preprocessing": (*PRESETS, PER_PIXEL), "crop_padding": PADDINGS}
 OURS = {*CARD, "network", "depth", "classes", "training"}  # what a card of ours speaks of
 
@@ -47,7 +48,7 @@ def save(
     text = json.dumps(card)
     with replacing(path) as temporary:
         # not save_file, which has temporary files of its own that a killed process would leave
-        metadata = {"card": text, "sha256": digest_of(text, tensors)}
+        metadata = {"card": text, DIGEST: digest_of(text, tensors)}
         temporary.write_bytes(serialise(tensors, metadata=metadata))
 
 
@@ -66,7 +67,7 @@ def read_card(metadata: dict[str, str], tensors: dict[str, Tensor]) -> dict[str,
     Raises ValueError if a file of ours is damaged, as far as its digest or its card shows it.
     """
     text = metadata.get("card", "{}")
-    if "sha256" in metadata and MEAN in tensors and metadata["sha256"] != digest_of(text, tensors):
+    if DIGEST in metadata and metadata[DIGEST] != digest_of(text, tensors):
         raise Unreadable("damaged: its tensors or its card are not those that were saved")
     try:
         card = json.loads(text)

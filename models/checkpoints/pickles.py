@@ -123,7 +123,7 @@ class Machine(pickle._Unpickler):
     attribute, hashes anything but a name or a number, or makes room for more than the file holds.
     """
 
-    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)  # type: ignore[assignment]
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
     rebuilders: ClassVar[dict[str, Callable[..., Any]]] = {}
     stack: list[Any]
     read: Callable[[int], bytes]
