@@ -55,7 +55,7 @@ BOTTLENECK_DEPTH = 50  # from here on blocks are bottlenecks
 MOST_CLASSES = 10**9  # sizes of tensors overflow beyond some 10^15
 OPTIONS = {
     "kind": tuple(KINDS.values()),
-    "shortcut": ("A", "B", "C"),
+    "shortcut": ("A", "B", "C", "pool"),
     "padding": ("both", "after"),
     "images": tuple(SIZES),
     "stride": ("1x1", "3x3"),
@@ -68,7 +68,7 @@ class Config:
 
     kind: `residual` or `plain`. depth: layers with weights; 6n + 2, or one of Table 1. shortcut:
     `A` (no parameters: strided identity and channels of zeros), `B` (1x1 convolution and BN where
-    the shape changes), `C` (on every shortcut). padding: where option A puts the channels of zeros,
+    the shape changes), `C` (on every shortcut), `pool` (`A` with average pooling instead of the stride). padding: where option A puts the channels of zeros,
     half before and half after (`both`) or all `after`. classes: outputs. images: `cifar` (32x32) or
     `imagenet` (224x224). stride: which convolution of a bottleneck makes the map smaller, the first
     `1x1` (the paper) or the `3x3` (v1.5, as torchvision has it). Shortcut and padding have no
@@ -210,17 +210,19 @@ class PadShortcut(nn.Module):
     more of them.
     """
 
-    def __init__(self, in_channels: int, channels: int, stride: int, padding: str) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, stride: int, padding: str, *, pool: bool = False
+    ) -> None:
         super().__init__()
         extra = channels - in_channels
         before = extra // 2 if padding == "both" else 0
-        self.stride = stride
+        self.stride, self.pool = stride, pool
         self.pad = (0, 0, 0, 0, before, extra - before)  # (W, W, H, H, C before, C after)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(
-            x[:, :, :: self.stride, :: self.stride], self.pad
-        )  # (N, C_in, H, W) -> (N, C, H/s, W/s)
+        stride = self.stride
+        x = F.avg_pool2d(x, stride) if self.pool else x[:, :, ::stride, ::stride]
+        return F.pad(x, self.pad)  # (N, C_in, H, W) -> (N, C, H/s, W/s)
 
 
 class BasicBlock(nn.Module):
@@ -282,7 +284,10 @@ def make_shortcut(config: Config, in_channels: int, channels: int, stride: int) 
     changes = stride != 1 or in_channels != channels
     if config.shortcut == "C" or (config.shortcut == "B" and changes):
         return nn.Sequential(conv(in_channels, channels, 1, stride), nn.BatchNorm2d(channels))
-    return PadShortcut(in_channels, channels, stride, config.padding) if changes else nn.Identity()
+    if not changes:
+        return nn.Identity()
+    pool = config.shortcut == "pool"
+    return PadShortcut(in_channels, channels, stride, config.padding, pool=pool)
 
 
 def make_stages(config: Config, in_channels: int) -> list[nn.Sequential]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from models.messages import end, is_importing, is_out_of_memory, one_line, out_of_memory
+from models.messages import is_out_of_memory, one_line, out_of_memory
 from models.training.recipe import DECAY, WARM_UP_DEPTH, Fault, Recipe
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help does not need it: functions import it
@@ -46,8 +46,6 @@ def answered(
 
 
 def end_at_once(number: int, frame: FrameType | None) -> None:
-    if is_importing(frame):
-        end(f"models.train: {at_once(number)}", 128 + number)
     raise KeyboardInterrupt(number)
 
 
@@ -228,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command; its exit status."""
     args = parse(argv)
     try:
-        with answered(end_at_once, signal.SIGTERM):  # Ctrl-C: models.messages.answer_interrupts
+        with answered(end_at_once, signal.SIGTERM):
             train_all(args)
     except (Exception, KeyboardInterrupt) as error:
         fault = as_fault(error)
