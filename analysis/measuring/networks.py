@@ -171,11 +171,8 @@ def run_on(args: argparse.Namespace, networks: list[Network], data: Data) -> lis
     from tqdm import tqdm
 
     from analysis.measuring.measurement import Result, measuring
-    from models.data.folder import ImageFolder
-    from models.data.formats import CLASSES
 
     device = device_of(args)
-    classes = data.classes if isinstance(data, ImageFolder) else len(CLASSES)
     digests: dict[Any, bytes] = getattr(
         data, "digests", {}
     )  # of a folder's files, as they are read
@@ -191,7 +188,7 @@ def run_on(args: argparse.Namespace, networks: list[Network], data: Data) -> lis
             measurements.append(
                 stack.enter_context(measuring(network.model.to(device), precision=args.precision))
             )
-            measurements[-1].classes = classes
+            measurements[-1].classes = data.classes
         for batches in stack.enter_context(closing(make_batches(args, data, networks, first, end))):
             for network, measurement, batch in zip(networks, measurements, batches, strict=True):
                 bar.set_description(network.label)
