@@ -41,11 +41,10 @@ class Preprocessing:
         shapes = tuple(self.mean.shape), tuple(self.std.shape)
         if shapes[0] not in ((3, 1, 1), (3, 32, 32)) or shapes[1] != (3, 1, 1):
             raise ValueError(f"the preprocessing has a mean and a std of the shapes {shapes}")
-        finite = all(torch.isreal(x).all() and x.isfinite().all() for x in (self.mean, self.std))
-        if not finite or not (self.std > 0).all():
-            raise ValueError(
-                "the preprocessing has a mean or std that is not finite, or a std <= 0"
-            )
+        if any(x.is_complex() or not x.isfinite().all() for x in (self.mean, self.std)):
+            raise ValueError("the mean or std of the preprocessing is not finite and real")
+        if not (self.std > 0).all():
+            raise ValueError("the preprocessing has a std of 0 or less")
 
     def __call__(self, images: np.ndarray | Tensor) -> Tensor:
         """Return images (N, H, W, 3), uint8 RGB, as float32 (N, 3, H, W)."""
