@@ -88,12 +88,13 @@ def missing_files(files: list[Path], split: str) -> str:
 def read_parquet(file: Path) -> Iterator[Part]:
     """Yield the images of a parquet file one by one."""
     for i, (image, label) in enumerate(parquet_rows(file)):
-        if not isinstance(image, bytes) or len(image) > CELL:
-            raise OtherData(f"{file}: row {i}: no image of 32x32 pixels")
-        yield decode_image(io.BytesIO(image), f"{file}: row {i}")[None], [label]
+        name = f"{file}: row {i}"
+        if len(image) > CELL:
+            raise ValueError(f"{name}: damaged or no image (more than {CELL:,} bytes)")
+        yield decode_image(io.BytesIO(image), name)[None], [label]
 
 
-def parquet_rows(file: Path) -> Iterator[tuple[Any, Any]]:
+def parquet_rows(file: Path) -> Iterator[tuple[memoryview, Any]]:
     """Yield the encoded image and the label of each row.
 
     What the file says about its sizes is not believed: rows are read one at a time, and a page of
@@ -106,13 +107,15 @@ def parquet_rows(file: Path) -> Iterator[tuple[Any, Any]]:
             schema, metadata = table.schema_arrow, table.metadata
             image = "img" if "img" in schema.names else "image"
             schema.field(image).type.field("bytes"), schema.field("label")
+            if metadata.num_rows > ROWS:
+                raise OtherData(f"{file}: far larger than CIFAR-10")
             for group in map(metadata.row_group, range(metadata.num_row_groups)):
                 codecs = {group.column(i).compression for i in range(group.num_columns)}
                 if other := codecs - {"UNCOMPRESSED", "SNAPPY"}:
                     raise OtherData(f"{file}: packed with {min(other)}; write it with Snappy")
             columns = [f"{image}.bytes", "label"]
             for rows in table.iter_batches(1, columns=columns, use_threads=False):
-                yield rows[image][0].as_py()["bytes"], rows["label"][0].as_py()
+                yield memoryview(rows[image][0].as_py()["bytes"]), rows["label"][0].as_py()
     except OtherData:
         raise
     except (KeyError, TypeError, AttributeError) as error:
@@ -123,7 +126,8 @@ def parquet_rows(file: Path) -> Iterator[tuple[Any, Any]]:
     except Exception as error:
         if getattr(error, "errno", None):  # it could not be opened
             raise
-        raise ValueError(f"{file}: damaged or truncated; copy or download it again") from error
+        words = "damaged or truncated parquet file; copy or download it again"
+        raise ValueError(f"{file}: {words}") from error
 
 
 def read_archive(file: Path, split: str) -> Iterator[Part]:
@@ -144,7 +148,8 @@ def read_archive(file: Path, split: str) -> Iterator[Part]:
     except (FileNotFoundError, OtherData):
         raise
     except Exception as error:  # tarfile and gzip raise anything
-        raise ValueError(f"{file}: damaged or truncated; copy or download it again") from error
+        words = "damaged or truncated archive; copy or download it again"
+        raise ValueError(f"{file}: {words}") from error
     if not batches:
         first = BATCHES[split][0]
         raise NoData(f"{file}: no {first} in this archive; it is not the official CIFAR-10")
@@ -252,7 +257,7 @@ def collect(parts: Iterator[Part], name: str) -> tuple[np.ndarray, np.ndarray]:
         if array.ndim != 1 or array.dtype.kind not in "iu" or np.any((array < 0) | (array > 9)):
             raise ValueError(f"{name}: a label is not an integer from 0 to 9")
         if end > ROWS:
-            raise OtherData(f"{name}: more than {ROWS:,} images; this is not CIFAR-10")
+            raise OtherData(f"{name}: far larger than CIFAR-10")
         images[count:end], labels[count:end] = some, array
         count = end
     return images[:count], labels[:count]

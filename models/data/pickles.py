@@ -32,7 +32,7 @@ def read_pickle(content: bytes) -> Any:
     """
     for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
         if count >= BUDGET or ("PUT" in opcode.name and int(argument or 0) >= BUDGET):
-            raise Refused("it has far more parts than a batch of CIFAR-10")
+            raise Refused(f"more than {BUDGET:,} parts; this is not a batch of CIFAR-10")
     return ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
 
 
@@ -56,7 +56,8 @@ class DType:
         self.code = code.decode() if isinstance(code, bytes) else str(code)
         self.order: Any = "|"
         if not re.fullmatch("[iu][1248]", self.code):
-            raise Refused(f"it holds an array of {self.code[:20]}, and only integers are admitted")
+            kind = self.code[:20]
+            raise Refused(f"an array of {kind}, and only arrays of whole numbers are admitted")
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.order = state[1].decode() if isinstance(state[1], bytes) else state[1]

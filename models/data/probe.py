@@ -48,12 +48,9 @@ class Probe(Images):
 
     @property
     def note(self) -> str:
-        """Which images these are, and the largest error of all networks that were tried."""
+        """Which images these are, and the largest errors: of its makers, and of other networks."""
         networks = self.card["networks"].values()
-        made, other = (
-            max(n["mean"] for n in networks if n["made_with"] is m) for m in (True, False)
-        )
-        return self.caption(made, f" (networks not used for it: {100 * other:.1f} %)")
+        return self.note_for(["another", *(n["sha256"] for n in networks if n["made_with"])])
 
     def note_for(self, digests: Collection[str]) -> str:
         """Return which images these are, and the error to expect for some networks, in two lines.
@@ -64,19 +61,14 @@ class Probe(Images):
         digests: SHA-256 of each network's file.
         """
         networks = self.card["networks"].values()
-        errors = {network["sha256"]: network["mean"] for network in networks}
-        known = [errors[digest] for digest in digests if digest in errors]
-        other = max(network["mean"] for network in networks if not network["made_with"])
-        if not known:
-            return self.caption(other, ", the worst of the networks not used for it")
-        more = "" if len(known) == len(digests) else f" (others: {100 * other:.1f} %)"
-        return self.caption(max(known), more)
-
-    def caption(self, error: float, more: str) -> str:
+        known = [n["mean"] for n in networks if n["sha256"] in digests]
+        other = max(n["mean"] for n in networks if not n["made_with"])
+        more = f": {100 * other:.1f} %" if known else ", the worst"
+        more = "" if len(known) == len(set(digests)) else f" (networks not used for it{more})"
         count = count_images(len(self), self.total)
         return (
             f"measured on the probe set ({count} synthetic images in place of CIFAR-10): std within\n"
-            f"{100 * error:.1f} % of the test set's in the mean over layers{more}"
+            f"{100 * max(known, default=other):.1f} % of the test set's in the mean over layers{more}"
         )
 
     def describe(self) -> str:
