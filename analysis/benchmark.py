@@ -1,61 +1,67 @@
-"""What measuring costs beside an ordinary forward pass: time, memory and error of several ways,
-interleaved.
+"""What measuring costs beside a plain forward pass: time, memory and error of several methods.
 
     python -m analysis.benchmark --networks resnet-56 --data path/to/cifar10
     python -m analysis.benchmark --images 256 --repeats 3
 
-Every way runs the same images in the same batches, one way after the other, round after round; a
-ratio is the median of a way's seconds over the median of the plain forward pass's. Memory is the
-peak of a process of its own. Errors are the largest relative one of any layer's std, against a
-two-pass in float64 over the same network's responses. Writes benchmark.csv and benchmark.png/.pdf
-into --out.
+Every method runs the same images in the same batches, one method after the other, round after
+round. A ratio is the median of a method's seconds over the median of the plain forward pass's.
+Memory is the peak of a process of its own. The error is the largest relative error of any layer's
+std, against a two-pass computation in float64 over the same network's responses. The command writes
+benchmark.csv and benchmark.png/.pdf into --out.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
-import pickle
-import signal
-import subprocess
+import multiprocessing
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from subprocess import PIPE
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from analysis.cli.items import PROBE, check_folder, place_of, positive
-from analysis.cli.outputs import as_csv, as_images, finish, write_files
-from analysis.measuring.networks import FEW, default_batch_size
+from analysis.cli.command import run_command
+from analysis.cli.items import place_of
+from analysis.cli.options import PROBE, check_device, positive
+from analysis.cli.outputs import as_csv, as_images, check_folder, write_files
+from analysis.measuring.networks import FIRST, default_batch_size
 
-if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help does without
+if TYPE_CHECKING:  # torch and pandas take seconds to import, and --help needs neither
     import numpy as np
     import pandas as pd
     from torch import Tensor, nn
 
 NETWORKS = ["resnet-20", "resnet-56", "resnet-110", "plain-56", "resnet-50"]
 IMAGES = 2000
-SHARE = 32  # a 224x224 image costs resnet-50 as much as so many 32x32 images cost resnet-56: fewer of them are run
+SHARE = 32  # resnet-50 on a 224x224 image costs about as much as resnet-56 on 32 of 32x32 pixels
 COLUMNS = (
-    *(
-        "network",
-        "way",
-        "device",
-        "threads",
-        "images",
-        "batch_size",
-        "repeats",
-        "seconds",
-        "seconds_min",
-        "seconds_max",
-    ),
-    *("ratio", "images_per_s", "peak_mb", "above_plain_mb", "error", "note"),
+    *("network", "method", "device", "threads", "images", "batch_size", "repeats"),
+    *("seconds", "seconds_min", "seconds_max", "ratio", "images_per_s"),
+    *("peak_mb", "above_plain_mb", "error", "note"),
 )
+HEADINGS = {
+    "method": "method",
+    "seconds": "seconds",
+    "ratio": "ratio",
+    "images_per_s": "images/s",
+    "peak_mb": "peak MB",
+    "above_plain_mb": "above plain",
+    "error": "error",
+    "note": "note",
+}
+FORMATS = {
+    "ratio": "{:.2f}",
+    "images_per_s": "{:.0f}",
+    "peak_mb": "{:.0f}",
+    "above_plain_mb": "{:+.0f}",
+    "error": "{:.0e}",
+}
 
 
 @dataclass(frozen=True)
@@ -70,16 +76,11 @@ class Job:
     threads: int
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
-    args = make_parser().parse_args(argv)
-    return finish(run, args)
-
-
-def make_parser() -> argparse.ArgumentParser:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Return the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m analysis.benchmark",
-        description="Time, memory and error of measuring, beside a plain forward pass on the same images.",
+        description="Time, memory and error of measuring, beside a plain forward pass.",
     )
     add = parser.add_argument
     add(
@@ -93,91 +94,68 @@ def make_parser() -> argparse.ArgumentParser:
         "--images",
         type=positive,
         metavar="N",
-        help=f"of 32x32 pixels (default: {IMAGES:,}, or all where there are "
-        f"fewer); of 224x224 one for {SHARE} of them",
+        help=f"of 32x32 pixels (default: {IMAGES:,}, or all if there are fewer); one image of "
+        f"224x224 pixels for {SHARE} of them",
     )
-    add(
-        "--batch-size",
-        type=positive,
-        metavar="N",
-        help="images at a time (default: as analysis.responses)",
-    )
-    add("--repeats", type=positive, default=5, metavar="N", help="rounds (default: %(default)s)")
-    add(
-        "--threads",
-        type=positive,
-        metavar="N",
-        help="threads of torch (default: torch's own choice)",
-    )
+    add("--batch-size", type=positive, metavar="N", help="images per batch (default: what fits)")
+    add("--repeats", type=positive, default=5, metavar="N", help="rounds (default: 5)")
+    add("--threads", type=positive, metavar="N", help="threads of torch (default: torch's choice)")
     add(
         "--data",
         type=Path,
         metavar="PATH",
-        help="CIFAR-10's test images, or probe: the probe set (default: random pixels)",
+        help="CIFAR-10's test images, or `probe` for the probe set (default: random pixels)",
     )
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
-    add("--out", type=Path, default=Path("figures"), metavar="DIR", help="default: %(default)s")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    add("--out", type=Path, default=Path("figures"), metavar="DIR", help="default: figures")
     add("--debug", action="store_true", help="show the traceback of an error")
-    return parser
+    args = parser.parse_args(argv)
+    check_device(parser, args.device)
+    return run_command(lambda: run(args), device=args.device, debug=args.debug)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, print and write. Raises ValueError or OSError, with what to do, for bad input."""
+    """Measure, print and write. Raise ValueError or OSError, with what to do, for bad input."""
     import pandas as pd
-    import torch
 
-    from analysis.measuring.measurement import WITHOUT_TF32
+    from analysis.measuring.measurement import without_tf32
     from plots.benchmark import draw_benchmark
 
     check_folder(args.out)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "--device cuda: torch sees no CUDA device on this machine; use --device cpu"
-        )
-    jobs = [make_job(args, name) for name in dict.fromkeys(args.networks)]
-    rows: list[dict[str, Any]] = []
-    for job in jobs:
-        with WITHOUT_TF32():  # float32 is float32, whichever way
-            part = measure_job(job, args.repeats)
-        print(table(pd.DataFrame(part, columns=list(COLUMNS))) + "\n", flush=True)
-        rows += part
-    frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    files = {"benchmark.csv": as_csv(frame)} | as_images(
-        "benchmark", draw_benchmark(frame), ["png", "pdf"]
-    )
+    parts = []
+    for job in [make_job(args, name) for name in dict.fromkeys(args.networks)]:
+        with without_tf32():
+            parts.append(pd.DataFrame(run_job(job, args.repeats), columns=list(COLUMNS)))
+        print(describe(parts[-1]) + "\n", flush=True)
+    frame = pd.concat(parts, ignore_index=True)
+    files = {"benchmark.csv": as_csv(frame)}
+    files |= as_images("benchmark", draw_benchmark(frame), ["png", "pdf"])
     print(write_files(args.out, files).lstrip("\n"))
 
 
 def make_job(args: argparse.Namespace, name: str) -> Job:
-    """What is to be done for one network. ValueError for a network or images that do not exist."""
+    """Return what to do for one network. Raise ValueError if it does not exist."""
     import torch
 
     from models.resnet import SIZES, parse_name
 
-    large = parse_name(name).images == "imagenet"
-    images = args.images or IMAGES
-    if large:
-        images = max(1, images // SHARE)
-    elif args.data:
-        there = len(named_images(args.data))
+    family = parse_name(name).images
+    images, data = args.images or IMAGES, args.data
+    if family == "imagenet":
+        images, data = max(1, images // SHARE), None
+    elif data:
+        there = len(named_images(data))
         if args.images and there < images:
-            raise ValueError(f"--images {images}: there are {there} images in {args.data}")
+            raise ValueError(f"--images {images}: there are {there} images in {data}")
         images = min(images, there)
-    size = SIZES["imagenet" if large else "cifar"]
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    batch_size = args.batch_size or default_batch_size(size, device)
-    return Job(
-        name,
-        images,
-        batch_size,
-        None if large else args.data,
-        device,
-        args.threads or torch.get_num_threads(),
-    )
+    batch_size = args.batch_size or default_batch_size(SIZES[family], device)
+    threads = args.threads or torch.get_num_threads()
+    return Job(name, images, batch_size, data, device, threads)
 
 
 def load_network(job: Job) -> nn.Module:
-    """The shipped network; where there is none a fresh one, with BN's statistics of random images."""
+    """Return the shipped network, or else a fresh one with BN's statistics of random images."""
     import torch
 
     import models
@@ -191,23 +169,21 @@ def load_network(job: Job) -> nn.Module:
     model = models.build(job.network)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = None  # a running mean, not one that forgets
+            module.momentum = None  # a cumulative mean
     with torch.no_grad():
-        model.train()(next(batches_of(job))[:8])
+        model.train()(next(batches_of(job, load_images(job)))[:8])
     return model.eval().to(job.device)
 
 
 def named_images(path: Path) -> np.ndarray:
-    """CIFAR-10's test images, or the probe set (N, 32, 32, 3), uint8."""
+    """Return CIFAR-10's test images, or the probe set: (N, 32, 32, 3), uint8."""
     from models.data import cifar10, probe
 
-    if path == PROBE:
-        return probe.load().images
-    return cifar10.load(place_of(path)).images
+    return probe.load().images if path == PROBE else cifar10.load(place_of(path)).images
 
 
 def load_images(job: Job) -> np.ndarray:
-    """Images (N, H, W, 3) uint8: the first of CIFAR-10's test set, or random pixels."""
+    """Return images (N, H, W, 3), uint8: the first of a data set, or random pixels."""
     import numpy as np
 
     from models.resnet import SIZES, parse_name
@@ -218,54 +194,55 @@ def load_images(job: Job) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (job.images, size, size, 3), dtype=np.uint8)
 
 
-def batches_of(job: Job, images: np.ndarray | None = None) -> Iterator[Tensor]:
-    """Images, normalised as they are asked for: (n, 3, H, W)."""
+def batches_of(job: Job, images: np.ndarray) -> Iterator[Tensor]:
+    """Yield normalised images (n, 3, H, W); the first batch is as small as in measuring."""
     from models.data.preprocessing import PRESETS
 
-    images = load_images(job) if images is None else images
-    for part in (images[:FEW], images[FEW:]):
+    for part in (images[:FIRST], images[FIRST:]):
         for start in range(0, len(part), job.batch_size):
             yield PRESETS["cifar10"](part[start : start + job.batch_size])
 
 
-def measure_job(job: Job, repeats: int) -> list[dict[str, Any]]:
-    """The rows of one network."""
+def run_job(job: Job, repeats: int) -> list[dict[str, Any]]:
+    """Return one row for each method on one network."""
     import torch
     from tqdm import tqdm
 
-    from analysis.baselines import WAYS, two_pass
+    from analysis.baselines import METHODS, PLAIN, two_pass
     from analysis.measuring.measurement import measure
 
     torch.set_num_threads(job.threads)
     model, images = load_network(job), load_images(job)
-    layers = measure(model, [next(batches_of(job, images))])  # once before the clocks run
+    batches = partial(batches_of, job, images)
+    layers = measure(model, [next(batches())])  # once before the clocks run
     names = layers["norm"].tolist()
-    exact = two_pass(model, names, partial(batches_of, job, images))
-    notes = {way: why_not(way, job, layers) for way in WAYS}
-    ways = [way for way in WAYS if not notes[way]]
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    exact = two_pass(model, names, batches)
+    notes = {method: why_not(method) for method in METHODS}
+    methods = [method for method in METHODS if not notes[method]]
+    seconds: dict[str, list[float]] = {method: [] for method in methods}
     stds: dict[str, list[float]] = {}
     for _ in tqdm(range(repeats), desc=job.network, unit=" rounds", leave=False, disable=None):
-        for way in ways:
+        for method in methods:
             start = now(job)
-            stds[way] = WAYS[way](model, names, batches_of(job, images))
-            seconds[way].append(now(job) - start)
+            stds[method] = METHODS[method](model, names, batches())
+            seconds[method].append(now(job) - start)
     peaks: dict[str, float | None] = {}
-    for way in ways:
-        peaks[way], notes[way] = peak_of(job, way, names)
-    facts = {key: value for key, value in asdict(job).items() if key != "data"} | {
-        "repeats": repeats
-    }
-    return [
-        facts
-        | {"way": way, "note": notes[way]}
-        | (summarise(way, seconds, peaks, stds, exact, job) if way in ways else {})
-        for way in WAYS
-    ]
+    for method in methods:
+        peaks[method], notes[method] = peak_of(job, method, names)
+    facts = {key: value for key, value in asdict(job).items() if key != "data"}
+    rows: list[dict[str, Any]] = []
+    for method in METHODS:
+        rows.append({**facts, "repeats": repeats, "method": method, "note": notes[method]})
+        if method in methods:
+            rows[-1] |= times(seconds[method], seconds[PLAIN], job.images)
+            rows[-1] |= {"peak_mb": peaks[method], "error": largest_error(stds[method], exact)}
+            if (peak := peaks[method]) is not None and (plain := peaks[PLAIN]) is not None:
+                rows[-1]["above_plain_mb"] = peak - plain
+    return rows
 
 
 def now(job: Job) -> float:
-    """Seconds, when all that was asked of a GPU is done."""
+    """Return the time in seconds, once a GPU has done all that was asked of it."""
     import torch
 
     if job.device == "cuda":
@@ -273,133 +250,84 @@ def now(job: Job) -> float:
     return perf_counter()
 
 
-def layer_error(stds: list[float], exact: list[float]) -> float | None:
-    """The largest relative error of any layer; None where nothing was measured."""
-    return (
-        max((abs(std / true - 1) for std, true in zip(stds, exact, strict=True)), default=None)
-        if stds
-        else None
-    )
+def largest_error(stds: Sequence[float], exact: Sequence[float]) -> float | None:
+    """Return the largest relative error of any layer; None if nothing was measured."""
+    errors = [abs(std / true - 1) for std, true in zip(stds, exact, strict=False)]
+    return max(errors, default=None)
 
 
-def summarise(
-    way: str,
-    seconds: dict[str, list[float]],
-    peaks: dict[str, float | None],
-    stds: dict[str, list[float]],
-    exact: list[float],
-    job: Job,
-) -> dict[str, Any]:
-    """What was measured of one way, as columns. Ratios are of medians, beside the plain forward
-    pass.
-    """
-    from analysis.baselines import PLAIN
-
-    typical, peak, plain = median(seconds[way]), peaks[way], peaks[PLAIN]
+def times(seconds: Sequence[float], plain: Sequence[float], images: int) -> dict[str, float]:
+    """Return the columns of a method's time; the ratio is of medians."""
+    typical = median(seconds)
     return {
         "seconds": typical,
-        "seconds_min": min(seconds[way]),
-        "seconds_max": max(seconds[way]),
-        "ratio": typical / median(seconds[PLAIN]),
-        "images_per_s": job.images / typical,
-        "peak_mb": peak,
-        "above_plain_mb": None if peak is None or plain is None else peak - plain,
-        "error": layer_error(stds[way], exact),
+        "seconds_min": min(seconds),
+        "seconds_max": max(seconds),
+        "ratio": typical / median(plain),
+        "images_per_s": images / typical,
     }
 
 
-def why_not(way: str, job: Job, layers: pd.DataFrame) -> str:
-    """Why a way is left out on this machine; empty where it is not."""
-    gigabytes = (
-        layers["count"].sum() / layers["images"].iloc[0] * job.images * 4 / 1e9
-    )  # of float32
-    if way == "store, then std" and gigabytes > memory_of_machine() / 3:
-        return f"would store {gigabytes:.0f} GB"
-    if way == "torchlens" and importlib.util.find_spec("torchlens") is None:
-        return "not installed"
-    return ""
+def why_not(method: str) -> str:
+    """Return why a method is left out on this machine; empty if it is not."""
+    missing = method == "torchlens" and importlib.util.find_spec("torchlens") is None
+    return "not installed" if missing else ""
 
 
-def memory_of_machine() -> float:
-    """In GB."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+def peak_of(job: Job, method: str, names: list[str]) -> tuple[float | None, str]:
+    """Return the peak memory of a method in MB, or None and why it is not known.
 
-
-def peak_of(job: Job, way: str, names: list[str]) -> tuple[float | None, str]:
-    """The peak of a way's memory in MB: on a GPU what torch allocates, else what a process of its
-    own has resident.
-
-    Where that process fails, None and why; it is killed for want of memory.
+    On a GPU it is what torch allocates; else what a process of its own has resident.
     """
-    command = [sys.executable, "-c", "from analysis import benchmark; benchmark.run_alone()"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    before = signal.pthread_sigmask(
-        signal.SIG_BLOCK, {signal.SIGINT}
-    )  # Ctrl-C is for this process to answer
-    try:
-        process = subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    with process:
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawned) as pool:
         try:
-            said, failed = process.communicate(pickle.dumps((asdict(job), way, names)))
-        except BaseException:
-            process.kill()  # to wait for what it measures could take minutes
-            raise
-    if process.returncode < 0:
-        return None, "out of memory in a process of its own"
-    if process.returncode:
-        return None, failed.decode(errors="replace").strip().rpartition("\n")[2]
-    return float(said.split()[-1]), ""
+            return pool.submit(run_alone, job, method, names).result(), ""
+        except BrokenProcessPool:
+            return None, "out of memory in a process of its own"
 
 
-def run_alone() -> None:
-    """In a process of its own: run the way once that stdin names, and print its peak memory in MB."""
+def run_alone(job: Job, method: str, names: list[str]) -> float:
+    """Run a method once in this process, and return its peak memory in MB."""
     import torch
 
-    from analysis.baselines import WAYS
+    from analysis.baselines import METHODS
 
-    facts, way, names = pickle.load(sys.stdin.buffer)
-    job = Job(**facts)  # a Job of another process could be of its __main__
     torch.set_num_threads(job.threads)
-    WAYS[way](load_network(job), names, batches_of(job))
-    print(torch.cuda.max_memory_allocated() / 1e6 if job.device == "cuda" else resident_peak())
+    METHODS[method](load_network(job), names, batches_of(job, load_images(job)))
+    if job.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resident_peak()
 
 
 def resident_peak() -> float:
-    """The peak of this process's resident memory so far, in MB."""
+    """Return the peak of this process's resident memory so far, in MB."""
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage begins with the size of the process that started this one
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    if status.exists():  # getrusage starts from the size of the parent process
+        lines = status.read_text().splitlines()
+        line = next(line for line in lines if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024 / 1e6  # from KiB
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        1e6 if sys.platform == "darwin" else 1e3
-    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)
 
 
-def table(frame: pd.DataFrame) -> str:
-    """The rows of one network as text."""
+def describe(frame: pd.DataFrame) -> str:
+    """Return the rows of one network as a table."""
     first = frame.iloc[0]
-    shown = frame.assign(
-        seconds=[spread(row) for row in frame.to_dict("records")],
-        ratio=frame["ratio"].map("{:.2f}".format, na_action="ignore"),
-        images_per_s=frame["images_per_s"].map("{:.0f}".format, na_action="ignore"),
-        peak_mb=frame["peak_mb"].map("{:.0f}".format, na_action="ignore"),
-        above_plain_mb=frame["above_plain_mb"].map("{:+.0f}".format, na_action="ignore"),
-        error=frame["error"].map("{:.0e}".format, na_action="ignore"),
-    )[["way", "seconds", "ratio", "images_per_s", "peak_mb", "above_plain_mb", "error", "note"]]
-    head = (
-        f"{first['network']}: {first['images']:,} images, {first['batch_size']} at a time, {first['repeats']} rounds, "
-        f"{first['device']}, {first['threads']} threads"
+    shown = frame.assign(seconds=[spread(row) for row in frame.to_dict("records")])
+    for column, form in FORMATS.items():
+        shown[column] = frame[column].map(form.format, na_action="ignore")
+    table = shown[list(HEADINGS)].rename(columns=HEADINGS).fillna("-").to_string(index=False)
+    return (
+        f"{first['network']}: {first['images']:,} images, {first['batch_size']} at a time, "
+        f"{first['repeats']} rounds, {first['device']}, {first['threads']} threads\n{table}"
     )
-    names = {"images_per_s": "images/s", "peak_mb": "peak MB", "above_plain_mb": "above plain"}
-    return f"{head}\n{shown.rename(columns=names).fillna('-').to_string(index=False)}"
 
 
 def spread(row: dict[Any, Any]) -> str | None:
-    """Median and range, such as `5.25 (5.10-5.80)`; None for a way that was left out."""
+    """Return median and range, such as `5.25 (5.10-5.80)`; None for a method left out."""
     if row["seconds"] != row["seconds"]:  # NaN
         return None
     return f"{row['seconds']:.2f} ({row['seconds_min']:.2f}-{row['seconds_max']:.2f})"

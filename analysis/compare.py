@@ -1,13 +1,13 @@
 """How trained networks differ, and whether a difference means anything.
 
     python -m analysis.compare resnet-56 other=checkpoint.pth earlier/responses.csv
-    python -m analysis.compare --group a=a0.pth,a1.pth,a2.pth,a3.pth --group b=b0.pth,b1.pth,b2.pth,b3.pth
+    python -m analysis.compare --group a=a0.pth,a1.pth,a2.pth,a3.pth --group b=b0.pth,b1.pth
 
-takes checkpoints, shipped networks by name and frames made earlier, in any mixture. It writes
-compare.csv (every pair, layer by layer), compare.json, the curves with their difference
-(compare.png/.pdf) and the std by stage (compare-stages.png/.pdf), with --html also a page to look
-at (compare.html), and prints a table of the pairs. The networks of a group (seeds of one
-configuration) are drawn as mean and band, and two groups come with a permutation test over seeds.
+compares checkpoints, shipped networks and frames made earlier. It writes compare.csv (every pair,
+layer by layer), compare.json, the curves with their differences (compare.png/.pdf) and the std by
+stage (compare-stages.png/.pdf), and with --html a page, compare.html. It prints a table of the
+pairs. The networks of a group (seeds of one configuration) are drawn as mean and band, and two
+groups come with a permutation test over seeds.
 """
 
 from __future__ import annotations
@@ -18,22 +18,26 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING
 
+from analysis.cli.command import run_command
 from analysis.cli.entries import Entry, read_entries, same_tensors
-from analysis.cli.items import add_options, check_folder, check_options
+from analysis.cli.options import add_options, options_of
 from analysis.cli.outputs import (
-    add_page_option,
+    add_output_options,
     as_csv,
     as_images,
     as_json,
     as_page,
-    finish,
-    note_stand_in,
+    check_folder,
+    notes_of,
     write_files,
+    write_notes,
 )
 from analysis.measuring.processes import together
 
-if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help does without
+if TYPE_CHECKING:  # torch and pandas take seconds to import, and --help needs neither
     import pandas as pd
+
+    from analysis.measuring.networks import Options
 
 CAPTIONS = (
     "Std of the layer responses, and what differs from the first",
@@ -41,8 +45,8 @@ CAPTIONS = (
 )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Return the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m analysis.compare",
         description="Compare the layer responses of trained networks, or of groups of them.",
@@ -52,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         "items",
         nargs="*",
         metavar="[LABEL=]ITEM",
-        help="a checkpoint, a shipped network's name, or a responses.csv",
+        help="a checkpoint, the name of a shipped network, or a responses.csv",
     )
     add(
         "--group",
@@ -62,21 +66,20 @@ def main(argv: list[str] | None = None) -> int:
         help="networks of one configuration",
     )
     add_options(parser)
-    add_page_option(parser)
+    add_output_options(parser)
     args = parser.parse_args(argv)
-    things = [*args.items, *args.group]
-    if len(things) < 2 and not any(
-        item.endswith(".csv") for item in args.items
-    ):  # which may hold several networks
+    several = any(item.endswith(".csv") for item in args.items)  # it may hold several networks
+    if len([*args.items, *args.group]) < 2 and not several:
         parser.error(
-            "name two things to compare, or more: checkpoints, shipped networks, responses.csv or groups"
+            "name two things to compare, or more: checkpoints, shipped networks, responses.csv or "
+            "groups"
         )
-    check_options(parser, args)
-    return finish(run, args)
+    options = options_of(parser, args)
+    return run_command(lambda: run(args, options), device=args.device, debug=args.debug)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Read, measure, print and write. Raises ValueError or OSError, with what to do, for bad input."""
+def run(args: argparse.Namespace, options: Options) -> None:
+    """Read, measure, write and print. Raise ValueError or OSError for bad input."""
     import pandas as pd
 
     from analysis.statistics import compare_frames
@@ -84,43 +87,44 @@ def run(args: argparse.Namespace) -> None:
 
     with together():
         check_folder(args.out)
-    entries, provenance = read_entries(args)
+    found = read_entries(args.items, args.group, options)
+    entries = found.entries
     if len(entries) < 2:
         raise ValueError(
             f"{args.items[0]}: it holds one network; name another thing to compare it with"
         )
     pairs = list(combinations(entries, 2))
     differences = [compare_frames(first.curve, second.curve) for first, second in pairs]
-    parts = [
-        frame.assign(entry=entry.label, member=i)
-        for entry in entries
-        for i, frame in enumerate(entry.frames)
-    ]
-    curves = pd.concat(parts, ignore_index=True)
-    files = {
-        "compare.csv": as_csv(pd.concat(differences, ignore_index=True)),
-        "compare.json": as_json(provenance),
+    curves = pd.concat(
+        [
+            frame.assign(entry=entry.label, member=member)
+            for entry in entries
+            for member, frame in enumerate(entry.frames)
+        ],
+        ignore_index=True,
+    )
+    figures = {
+        "compare": draw_compare(curves, differences[: len(entries) - 1]),
+        "compare-stages": draw_stages(curves),
     }
-    to_first = differences[: len(entries) - 1]
-    figures = {"compare": draw_compare(curves, to_first), "compare-stages": draw_stages(curves)}
-    note_stand_in(figures.values(), provenance)
+    write_notes(figures.values(), notes_of(found.images))
+    files = {"compare.csv": as_csv(pd.concat(differences, ignore_index=True))}
+    files["compare.json"] = as_json(found.provenance)
     for name, figure in figures.items():
         files |= as_images(name, figure, args.format)
     if args.html:
         title = f"Layer responses: {', '.join(entry.label for entry in entries)}"
         shown = zip(CAPTIONS, figures.values(), strict=True)
-        files |= as_page("compare", title, shown, list_layers(entries), provenance)
-    printed = [describe_pairs(pairs), *describe_groups(pairs)]
+        files |= as_page("compare", title, shown, list_layers(entries), found.provenance)
     written = write_files(args.out, files)
-    print("\n" + "\n\n".join(printed) + "\n" + written)
+    print("\n" + "\n\n".join([describe_pairs(pairs), *describe_groups(pairs)]) + "\n" + written)
 
 
 def list_layers(entries: Sequence[Entry]) -> pd.DataFrame:
-    """Every layer of every network, under the label of its curve, with its difference to the first
-    one's.
+    """Return every layer of every network under its label, with its difference to the first.
 
-    Networks deeper than the first have no difference: it is known at the first one's layers, which
-    lie between theirs.
+    Networks deeper than the first have no difference: it is known only at the first one's layers,
+    which lie between theirs.
     """
     import pandas as pd
 
@@ -131,7 +135,7 @@ def list_layers(entries: Sequence[Entry]) -> pd.DataFrame:
     for entry in entries:
         for frame in entry.frames:
             part = frame.assign(network=entry.label)
-            if entry.group:
+            if entry.is_group:
                 part["member"] = frame["network"]
             if entry is not entries[0] and len(frame) <= len(first):
                 part["difference"] = compare_frames(first, frame)["difference"].to_numpy()
@@ -140,7 +144,7 @@ def list_layers(entries: Sequence[Entry]) -> pd.DataFrame:
 
 
 def describe_pairs(pairs: Sequence[tuple[Entry, Entry]]) -> str:
-    """A table with a row a pair: the second against the first."""
+    """Return a table with one row a pair: the second against the first."""
     import pandas as pd
 
     from analysis.statistics import summarise_pair
@@ -148,78 +152,71 @@ def describe_pairs(pairs: Sequence[tuple[Entry, Entry]]) -> str:
     rows = []
     for first, second in pairs:
         found = summarise_pair(first.curve, second.curve)
-        verdict = (
-            "identical"
-            if same_tensors(first, second)
-            else "same numbers"
-            if found["identical"]
-            else ""
-        )
+        same = "identical" if same_tensors(first, second) else ""
         rows.append(
             {
                 "second vs first": f"{second.label} vs {first.label}",
-                "mean std": f"{second.curve['std'].mean():.4f} vs {first.curve['std'].mean():.4f}",
-                "ratio": dash(found["ratio"]),
-                "largest difference": f"{found['largest']:+.4f} in {found['layer']} ({found['name']})",
-                "r": dash(found["r"]),
-                "rank r": dash(found["rho"]),
+                "mean std": " vs ".join(
+                    f"{one.curve['std'].mean():.4f}" for one in (second, first)
+                ),
+                "ratio": number_or_dash(found["ratio"]),
+                "largest difference": f"{found['largest']:+.4f} in {found['layer']} "
+                f"({found['name']})",
+                "r": number_or_dash(found["r"]),
+                "rank r": number_or_dash(found["rho"]),
                 "area": f"{found['area']:.4f}",
-                "": verdict,
+                "": same or ("same numbers" if found["identical"] else ""),
             }
         )
-    return "\n".join(
-        line.rstrip() for line in pd.DataFrame(rows).to_string(index=False).splitlines()
-    )
+    lines = pd.DataFrame(rows).to_string(index=False).splitlines()
+    return "\n".join(line.rstrip() for line in lines)
 
 
-def dash(value: float) -> str:
+def number_or_dash(value: float) -> str:
     return "-" if value != value else f"{value:.3f}"
 
 
 def describe_groups(pairs: Sequence[tuple[Entry, Entry]]) -> list[str]:
-    """For each pair of groups the networks' values, and what they say."""
+    """Return, for each pair of groups, the networks' values and what they say."""
     lines = []
     for first, second in pairs:
-        if first.group and second.group:
+        if first.is_group and second.is_group:
             values = [
-                f"{entry.label}: mean std of each network: {', '.join(f'{mean:.4f}' for mean in entry.means)}"
+                f"{entry.label}: mean std of each network: "
+                f"{', '.join(f'{mean:.4f}' for mean in entry.means)}"
                 for entry in (first, second)
             ]
-            lines.append(
-                "\n".join(
-                    [*values, f"{second.label} - {first.label}: {describe_test(first, second)}"]
-                )
-            )
+            test = f"{second.label} - {first.label}: {describe_test(first, second)}"
+            lines.append("\n".join([*values, test]))
     if len(lines) > 1:
         lines.append(
-            f"{len(lines)} pairs of groups: each p is of one alone, and times {len(lines)} a bound for all"
+            f"{len(lines)} pairs of groups: p-values are per pair; multiply by {len(lines)} for a "
+            "Bonferroni bound"
         )
     return lines
 
 
 def describe_test(first: Entry, second: Entry) -> str:
-    """What a permutation of the networks of two groups says of the difference of their means."""
+    """Return what a permutation test says of the difference of two groups' means."""
     from analysis.statistics import ENOUGH, permutation_test
 
     sizes = f"{len(first.frames)} and {len(second.frames)}"
     try:
         test = permutation_test(first.means, second.means)
     except ValueError as error:
-        difference = sum(second.means) / len(second.means) - sum(first.means) / len(first.means)
-        return f"{difference:+.4f}, no exact test: {error}"
-    interval = (
-        f"too few networks for an interval (there are enough from {ENOUGH} on)"
-        if test.interval is None
-        else f"95 % interval {test.interval[0]:+.4f} to {test.interval[1]:+.4f}"
-    )
+        means = [sum(entry.means) / len(entry.means) for entry in (first, second)]
+        return f"{means[1] - means[0]:+.4f}, no exact test: {error}"
+    interval = f"too few networks for an interval (there are enough with {ENOUGH})"
+    if test.interval is not None:
+        interval = f"95 % interval {test.interval[0]:+.4f} to {test.interval[1]:+.4f}"
     return (
-        f"{test.difference:+.4f}, p = {small(test.p)} (permutation of networks, two-sided; the smallest that {sizes} "
-        f"can give is {small(test.smallest)}); {interval}"
+        f"{test.difference:+.4f}, p = {probability(test.p)} (permutation of networks, two-sided; "
+        f"the smallest that {sizes} can give is {probability(test.smallest)}); {interval}"
     )
 
 
-def small(p: float) -> str:
-    """A probability, which an exact test never makes 0."""
+def probability(p: float) -> str:
+    """Return a probability as text; an exact test never gives 0."""
     return f"{p:.4f}" if p >= 0.001 else f"{p:.1e}"
 
 

@@ -1,47 +1,44 @@
-"""Fig. 7 from trained networks: the std of every 3x3 layer's response, as a frame, a figure and a
-table.
+"""Fig. 7 from trained networks: the std of every 3x3 layer's response, drawn and judged.
 
     python -m analysis.responses --depth 20 56 110
-    python -m analysis.responses --checkpoint resnet-20=resnet20-12fca82f.th --data cifar-10-python.tar.gz
+    python -m analysis.responses --checkpoint resnet-20=resnet20.th --data cifar-10-python.tar.gz
 
-writes responses.csv, claims.csv, responses.json (where the numbers come from), fig7.png/.pdf and
-decomposition.png/.pdf into --out (with --html also a page to look at, responses.html), says how far
-each network is from the paper's curve, and judges the paper's claims. Without CIFAR-10 it measures
-on the probe set (models/data/probe.py).
+writes into --out: responses.csv, claims.csv, responses.json (where the numbers come from),
+fig7.png/.pdf and decomposition.png/.pdf, and with --html a page, responses.html. It prints how far
+each network is from the paper's curve, and what the numbers say of the paper's claims. Without
+CIFAR-10 it measures on the probe set (models.data.probe).
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from analysis.cli.items import (
-    Found,
-    Network,
-    add_options,
-    check_folder,
-    check_options,
-    positive,
-    split_label,
-    trained,
-)
+from analysis.cli.command import run_command
+from analysis.cli.items import Item, find_item, open_networks
+from analysis.cli.options import add_options, options_of, positive
 from analysis.cli.outputs import (
-    add_page_option,
+    add_output_options,
     as_csv,
     as_images,
     as_json,
     as_page,
-    describe_network,
-    finish,
-    note_stand_in,
-    stand_in,
+    check_folder,
+    notes_of,
+    provenance_of,
     write_files,
+    write_notes,
 )
+from analysis.measuring.networks import Options, measure_networks
 from analysis.measuring.processes import together
 
-if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help does without
+if TYPE_CHECKING:  # torch and pandas take seconds to import, and --help needs neither
     import pandas as pd
+
+    from analysis.measuring.networks import Measured, Network
+    from analysis.paper import Subject
 
 CAPTIONS = (
     "Std of the layer responses, in original order and sorted by magnitude",
@@ -49,30 +46,27 @@ CAPTIONS = (
 )
 PAPER_DEPTHS = [20, 56, 110]
 PAPER_ITERATIONS = 64_000
-MARKS = {
-    "holds": "+",
-    "does not hold": "-",
-    "cannot be judged here": "?",
-}  # before the sentence of a number
+MARKS = {"holds": "+", "does not hold": "-", "cannot be judged here": "?"}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Return the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.depth is None:
         args.depth = [] if args.checkpoint else PAPER_DEPTHS
     if args.kind and len(args.kind) > 1 and not args.depth:
-        parser.error("--kind: one kind at a time where it says what the checkpoints are")
-    check_options(parser, args)
-    return finish(run, args)
+        parser.error("--kind: one kind at a time if it says what the checkpoints are")
+    options = options_of(parser, args)
+    return run_command(lambda: run(args, options), device=args.device, debug=args.debug)
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's options."""
     parser = argparse.ArgumentParser(
         prog="python -m analysis.responses",
-        description="Measure the std of every 3x3 layer's response, after BN and before ReLU or addition, and draw "
-        "Fig. 7 of He et al., CVPR 2016.",
+        description="Measure the std of every 3x3 layer's response, after BN and before ReLU or "
+        "addition, and draw Fig. 7 of He et al., CVPR 2016.",
     )
     add = parser.add_argument
     add(
@@ -80,87 +74,69 @@ def make_parser() -> argparse.ArgumentParser:
         type=positive,
         nargs="+",
         metavar="N",
-        help="depths of shipped networks (default, where no checkpoint is named: 20 56 110)",
+        help="depths of shipped networks (default: 20 56 110 if no checkpoint is named)",
     )
     add(
         "--kind",
         choices=("residual", "plain"),
         nargs="+",
-        help="kinds of shipped networks (default: both, but for "
-        "plain-110, as in the paper); without any, what the checkpoints are",
+        help="kinds of shipped networks (default: both, without plain-110, as in the paper); if "
+        "there are none, the kind of the checkpoints",
     )
-    add(
-        "--checkpoint",
-        nargs="+",
-        default=[],
-        metavar="[LABEL=]PATH",
-        help="files of trained networks",
-    )
+    add("--checkpoint", nargs="+", default=[], metavar="[LABEL=]PATH", help="trained networks")
     add_options(parser, both=True)
-    add_page_option(parser)
     add("--no-paper", action="store_true", help="leave out the paper's own curves")
+    add_output_options(parser)
     return parser
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measure, print and write. Raises ValueError or OSError, with what to do, for bad input."""
+def run(args: argparse.Namespace, options: Options) -> None:
+    """Measure, write and print. Raise ValueError or OSError for bad input."""
     import pandas as pd
 
-    from analysis.cli.items import prepare
-    from analysis.measuring.networks import measure_all, measure_blocks
-    from analysis.paper import curves, judge
+    from analysis.paper import judge, paper_curves
     from plots import draw_decomposition, draw_fig7
 
     with together():
         check_folder(args.out)
-        found = [*find_shipped(args), *find_checkpoints(args)]
-    plan = prepare(args, found)
-    frames = measure_all(args, plan)
+        items = [*shipped_items(args), *checkpoint_items(args)]
+    networks, images = open_networks(items, options)
+    results = measure_networks(networks, images, options)
+    frame = pd.concat([result.frame for result in results], ignore_index=True)
+    claims = judge([subject for result in results if (subject := subject_of(result))])
     provenance = {
-        network.label: describe_network(args, network, frame, plan)
-        for network, frame in zip(plan.networks, frames, strict=True)
+        result.network.label: provenance_of(result, images, options).to_json() for result in results
     }
-    accuracies = [frame.attrs.pop("accuracy", None) for frame in frames]
-    for part in frames:
-        part.attrs.clear()
-    frame = pd.concat(frames, ignore_index=True)
-    iterations = {network.label: trained(network.checkpoint) for network in plan.networks}
-    claims = judge(
-        frame[frame["source"] == plan.sources[0]], measure_blocks(args, plan), iterations
-    )
-    note = "\n".join(filter(None, (short_runs(plan.networks), stand_in(provenance))))
-    figures = {
-        "fig7": draw_fig7(frame, None if args.no_paper else curves(), note=note),
-        "decomposition": draw_decomposition(frame),
-    }
-    note_stand_in([figures["decomposition"]], provenance)
-    files = {
-        "responses.csv": as_csv(frame),
-        "claims.csv": as_csv(claims),
-        "responses.json": as_json(provenance),
-    }
+    notes = notes_of(images) if results[0].measurement else []
+    shown = None if args.no_paper else paper_curves()
+    fig7 = draw_fig7(frame, shown, note="\n".join([*short_runs(networks), *notes]))
+    decomposition = draw_decomposition(frame)
+    write_notes([decomposition], notes)
+    figures = {"fig7": fig7, "decomposition": decomposition}
+    files = {"responses.csv": as_csv(frame), "claims.csv": as_csv(claims)}
+    files["responses.json"] = as_json(provenance)
     for name, figure in figures.items():
         files |= as_images(name, figure, args.format)
     if args.html:
-        shown = zip(CAPTIONS, figures.values(), strict=True)
-        files |= as_page("responses", "Layer responses", shown, frame, provenance)
+        captioned = zip(CAPTIONS, figures.values(), strict=True)
+        files |= as_page("responses", "Layer responses", captioned, frame, provenance)
     written = write_files(args.out, files)
-    print_table([part[part["source"] == plan.sources[0]] for part in frames], accuracies)
-    if len(plan.sources) > 1:
+    print_table(results)
+    if len(set(frame["source"])) > 1:
         print_differences(frame)
     print_claims(claims)
     print(written)
 
 
-def find_shipped(args: argparse.Namespace) -> list[Found]:
-    """Every shipped network that is asked for; a line on stderr for each that is not there.
+def shipped_items(args: argparse.Namespace) -> list[Item]:
+    """Return the shipped networks that are asked for; print a line for each that is not there.
 
-    Raises ValueError where there is none of them, and no checkpoint to draw in their place.
+    Raises ValueError if none of them is there, and no checkpoint is named.
     """
     from models import zoo
     from models.resnet import network_name
 
-    found: list[Found] = []
+    found: list[Item] = []
     missing: list[str] = []
     for kind in dict.fromkeys(args.kind or ("plain", "residual")):
         for depth in dict.fromkeys(args.depth):
@@ -168,7 +144,7 @@ def find_shipped(args: argparse.Namespace) -> list[Found]:
             if kind == "plain" and depth >= max(PAPER_DEPTHS) and not args.kind:
                 continue  # the paper leaves it out: its training error is above 60 %
             if name in zoo.shipped():
-                found.append(Found(name, zoo.find(name)))
+                found.append(Item(name, zoo.find(name)))
             else:
                 missing.append(not_shipped(name, kind, depth))
     if missing and not found and not args.checkpoint:
@@ -179,7 +155,7 @@ def find_shipped(args: argparse.Namespace) -> list[Found]:
 
 
 def not_shipped(name: str, kind: str, depth: int) -> str:
-    """A line that says so, and how to come by the network."""
+    """Return a line that says so, and how to get the network."""
     from models import zoo
     from models.resnet import check_depth
 
@@ -188,49 +164,74 @@ def not_shipped(name: str, kind: str, depth: int) -> str:
     except ValueError as error:
         return f"--depth {depth}: {error}"
     shipped = ", ".join(zoo.shipped()) or "none"
-    return f"{name} is not shipped (there are: {shipped}); python -m models.train --depth {depth} --kind {kind} makes it"
+    command = f"python -m models.train --depth {depth} --kind {kind}"
+    return f"{name} is not shipped (shipped: {shipped}); {command} makes it"
 
 
-def find_checkpoints(args: argparse.Namespace) -> list[Found]:
-    """Every checkpoint that is named, with its label and kind, where they are said."""
+def checkpoint_items(args: argparse.Namespace) -> list[Item]:
+    """Return the checkpoints that are named, with their labels and kind if these are given."""
     kind = args.kind[0] if args.kind and not args.depth else None
-    return [Found(*split_label(item), kind) for item in args.checkpoint]
+    return [find_item(item, kind) for item in args.checkpoint]
 
 
-def short_runs(networks: list[Network]) -> str:
-    """Which networks were trained for less than the paper's number of iterations, in words for the
-    figure.
-    """
+def subject_of(result: Measured) -> Subject | None:
+    """Return what the claims need to know of a network; None if its kind or depth is unknown."""
+    from analysis.paper import Subject
+
+    frame, measurement = result.frame, result.measurement
+    layers = frame[frame["source"] == frame["source"].iloc[0]].sort_values("layer")
+    kind, depth = layers["kind"].iloc[0], layers["depth"].iloc[0]
+    if kind not in ("residual", "plain") or depth is None or depth != depth:
+        return None
+    return Subject(
+        label=str(layers["network"].iloc[0]),
+        kind=kind,
+        depth=int(depth),
+        widths=frozenset(layers["channels"]),
+        std=layers["std"].to_numpy(float),
+        ratio=None,
+        images=measurement.images if measurement else None,
+        iterations=result.network.checkpoint.iterations,
+        std_without=measurement.std_without_groups() if measurement else None,
+        ratio_without=None,
+    )
+
+
+def short_runs(networks: Sequence[Network]) -> list[str]:
+    """Return lines for the figure: which networks had less than the paper's training."""
     from plots.style import display_name
 
     lengths: dict[int, list[str]] = {}
     for network in networks:
-        iterations = trained(network.checkpoint)
+        iterations = network.checkpoint.iterations
         if iterations and iterations < PAPER_ITERATIONS:
             lengths.setdefault(iterations, []).append(display_name(network.label))
-    return "\n".join(
-        f"{'all networks' if len(labels) == len(networks) else ', '.join(labels)} trained for {iterations:,} "
-        f"of the paper's {PAPER_ITERATIONS:,} iterations"
+    return [
+        f"{'all networks' if len(labels) == len(networks) else ', '.join(labels)} trained for "
+        f"{iterations:,} of the paper's {PAPER_ITERATIONS:,} iterations"
         for iterations, labels in sorted(lengths.items())
-    )
+    ]
 
 
-def print_table(frames: list[pd.DataFrame], accuracies: list[float | None]) -> None:
-    """One line a network: layers, accuracy, std, and how far it is from the paper."""
+def print_table(results: Sequence[Measured]) -> None:
+    """Print one line a network: layers, accuracy, std, and how far it is from the paper."""
     import pandas as pd
 
     from analysis.paper import against_paper
 
     rows = []
-    for frame, accuracy in zip(frames, accuracies, strict=True):
-        std = frame["std"]
-        [paper] = against_paper(frame).itertuples()
+    for result in results:
+        frame = result.frame
+        layers = frame[frame["source"] == frame["source"].iloc[0]]
+        std, accuracy = layers["std"], result.measurement and result.measurement.accuracy
+        [paper] = against_paper(layers).itertuples()
         rows.append(
             {
                 "network": paper.network,
                 "layers": len(std),
                 "accuracy %": "-" if accuracy is None else f"{100 * accuracy:.2f}",
                 "mean std": f"{std.mean():.4f}",
+                "± error": error_of_mean(result),
                 "smallest": f"{std.min():.4f}",
                 "largest": f"{std.max():.4f}",
                 "paper's r": "-" if pd.isna(paper.r) else f"{paper.r:.3f}",
@@ -238,10 +239,29 @@ def print_table(frames: list[pd.DataFrame], accuracies: list[float | None]) -> N
             }
         )
     print("\n" + pd.DataFrame(rows).to_string(index=False))
+    for result in results:
+        if result.measurement and (flagged := dominated_layers(result)):
+            print(f"{result.network.label}: few images make most of the variance in {flagged}")
+
+
+def error_of_mean(result: Measured) -> str:
+    """Return the sampling error of the mean std over images, as a cell of the table."""
+    from analysis.statistics import jackknife_error
+
+    without = result.measurement.std_without_groups() if result.measurement else None
+    return "-" if without is None else f"{jackknife_error(without.mean(axis=1)):.4f}"
+
+
+def dominated_layers(result: Measured) -> str:
+    """Return the layers in which one group of images makes more than half of the variance."""
+    frame = result.frame
+    layers = frame.loc[frame["dominated"].fillna(False).astype(bool), "layer"].tolist()
+    word = "layer" if len(layers) == 1 else "layers"
+    return f"{word} {', '.join(map(str, layers))}" if layers else ""
 
 
 def print_differences(frame: pd.DataFrame) -> None:
-    """How far the closed form is from what hooks measured, network by network."""
+    """Print how far the closed form is from what hooks measured, network by network."""
     from analysis.measuring.frame import relative_difference
 
     print("\nThe closed form against hooks, relative differences of std:")
@@ -254,13 +274,14 @@ def print_differences(frame: pd.DataFrame) -> None:
         difference = relative_difference(both["std_formula"], both["std"])
         worst = both.loc[difference.idxmax()]
         print(
-            f"  {network}: mean {100 * difference.mean():.1f} %, largest {100 * difference.max():.1f} % in layer "
-            f"{worst['layer']} ({worst['name']}), {len(both)} layers of {len(sources[0])}"
+            f"  {network}: mean {100 * difference.mean():.1f} %, largest "
+            f"{100 * difference.max():.1f} % in layer {worst['layer']} ({worst['name']}), "
+            f"{len(both)} layers of {len(sources[0])}"
         )
 
 
 def print_claims(claims: pd.DataFrame) -> None:
-    """The paper's statements, each with its verdict and what it rests on."""
+    """Print the paper's claims, each with its verdict and what it rests on."""
     from analysis.paper import verdict_of
 
     print("\nThe paper's claims, on these networks:")

@@ -1,13 +1,11 @@
-"""How two measured networks differ, and whether two groups of them do.
+"""Compare two measured networks, or two groups of them, and estimate sampling errors.
 
-    >>> import pandas as pd
     >>> from analysis.statistics import permutation_test
-    >>> permutation_test([1.0, 1.1, 1.2, 1.3], [2.0, 2.1, 2.2, 2.3]).p  # 2 of 70 relabelings are as far apart
+    >>> permutation_test([1.0, 1.1, 1.2, 1.3], [2.0, 2.1, 2.2, 2.3]).p  # 2 of 70 relabelings
     0.02857142857142857
 
-What differs between networks of one configuration is the seed, so seeds are the samples of a test:
-one number a network, its mean std. The layers of one network depend on each other and are never
-taken for samples.
+Networks of one configuration differ in their seeds, so seeds are the samples of a test: one number
+a network, its mean std. The layers of one network depend on each other and are never samples.
 """
 
 from __future__ import annotations
@@ -22,35 +20,43 @@ import numpy as np
 import pandas as pd
 
 LEVEL = 0.05  # of the test that an interval inverts: a 95 % interval
-ENOUGH = (
-    "1 and 19, 2 and 5, 3 and 4, or 4 and 4"  # seeds in two groups: from here on smallest <= LEVEL
-)
-ENUMERATED = 200_000  # relabelings; more are not gone through one by one
+ENOUGH = "1 and 19, 2 and 5, 3 and 4, or 4 and 4"  # seeds in two groups so that smallest <= LEVEL
+MOST_RELABELINGS = 200_000
 COLUMNS = (
-    "first",
-    "second",
-    "layer",
-    "position",
-    "name",
-    "stage",
-    "std_first",
-    "std_second",
-    "difference",
+    *("first", "second", "layer", "position", "name", "stage"),
+    *("std_first", "std_second", "difference"),
 )
+
+
+def jackknife_error(replicates: Sequence[float]) -> float:
+    """Return the standard error of a statistic by the delete-a-group jackknife.
+
+    replicates: the statistic with each of the groups left out in turn.
+    Source: Shao & Tu (1995), The Jackknife and Bootstrap, section 2.3.
+
+    >>> jackknife_error([1.0, 2.0, 3.0])
+    1.1547005383792515
+    """
+    values = np.asarray(replicates, float)
+    return float(np.sqrt((len(values) - 1) * values.var()))
 
 
 def compare_frames(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    """The two networks' stds side by side, and their difference, layer by layer.
+    """Return the stds of two networks side by side, and their difference, layer by layer.
 
     first, second: frames of one network and one source each (see analysis.measuring.frame).
-    Networks of one layout (as many layers with as many channels) are aligned by layer. Others are
-    aligned by relative depth: layer i of n is at (i - 0.5) / n, and the deeper network's curve is
-    interpolated linearly at the positions of the shallower one's layers. Columns: first, second
-    (labels), layer, name and stage (of the shallower), position (0 to 1), std_first, std_second,
-    difference (second - first). ValueError for an empty frame, or one of several networks or
-    sources.
 
-    >>> first = pd.DataFrame({"layer": [1, 2], "name": ["a", "b"], "stage": 1, "channels": 4, "std": [1.0, 3.0]})
+    Networks with the same layers (equal numbers of channels) are aligned by layer. Others are
+    aligned by relative depth: layer i of n is at (i - 0.5) / n, and the curve of the deeper network
+    is interpolated linearly at the layers of the shallower one.
+
+    Returns the columns first and second (labels), layer, name and stage (of the shallower network),
+    position (0 to 1), std_first, std_second, difference (second minus first). Raises ValueError for
+    an empty frame, or one of several networks or sources.
+
+    >>> first = pd.DataFrame(
+    ...     {"layer": [1, 2], "name": ["a", "b"], "stage": 1, "channels": 4, "std": [1.0, 3.0]}
+    ... )
     >>> second = first.assign(network="second", source="hooks", std=[1.5, 2.0])
     >>> compare_frames(first.assign(network="first", source="hooks"), second)["difference"].tolist()
     [0.5, -1.0]
@@ -59,13 +65,19 @@ def compare_frames(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     base = min(curves, key=len)
     at = positions(len(base))
     stds = [np.interp(at, positions(len(curve)), curve["std"].to_numpy(float)) for curve in curves]
-    result = pd.DataFrame(
-        {"layer": base["layer"].to_numpy(int), "position": at, "name": base["name"].to_numpy()}
-        | {"stage": base["stage"].to_numpy(int), "std_first": stds[0], "std_second": stds[1]}
-    )
-    result["difference"] = result["std_second"] - result["std_first"]
     labels = [str(curve["network"].iloc[0]) for curve in curves]
-    return result.assign(first=labels[0], second=labels[1])[list(COLUMNS)]
+    columns = {
+        "first": labels[0],
+        "second": labels[1],
+        "layer": base["layer"].to_numpy(int),
+        "position": at,
+        "name": base["name"].to_numpy(),
+        "stage": base["stage"].to_numpy(int),
+        "std_first": stds[0],
+        "std_second": stds[1],
+        "difference": stds[1] - stds[0],
+    }
+    return pd.DataFrame(columns, columns=list(COLUMNS))
 
 
 def same_layout(first: pd.DataFrame, second: pd.DataFrame) -> bool:
@@ -74,41 +86,39 @@ def same_layout(first: pd.DataFrame, second: pd.DataFrame) -> bool:
 
 
 def positions(count: int) -> np.ndarray:
-    """Relative depths (count,) of the layers of a network, between 0 and 1."""
+    """Return the relative depths (count,) of the layers of a network, between 0 and 1."""
     return (np.arange(count) + 0.5) / count
 
 
 def check_single(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame itself. ValueError unless it holds one network, from one source, with numbers for
-    all layers.
-    """
+    """Return the frame. Raise ValueError unless it holds one network, one source, finite stds."""
     for column in ("network", "source"):
         if len(frame[column].drop_duplicates()) != 1:
             found = ", ".join(map(str, frame[column].drop_duplicates())) or "none"
-            raise ValueError(
-                f"a frame of one {column} is compared with another, but this one has: {found}"
-            )
+            raise ValueError(f"a frame of one {column} is needed, and this one has: {found}")
     if not np.isfinite(frame["std"].astype(float)).all():
         raise ValueError(f"{frame['network'].iloc[0]}: NaN or infinity among the stds")
     return frame
 
 
 def summarise_pair(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, Any]:
-    """Two networks in a few numbers; arguments as for `compare_frames`.
+    """Summarise how two networks differ; arguments as for `compare_frames`.
 
-    ratio: mean std of the second over that of the first, NaN where that is 0. largest, layer, name:
-    the largest difference of a layer (second - first) and where it is. r, rho: Pearson's and
-    Spearman's correlation over layers, NaN where there are fewer than three or one curve is
-    constant. area: between the curves sorted by magnitude, as functions of the relative rank: in
-    units of std. identical: the same numbers in every layer of networks of one layout.
+    ratio: mean std of the second over that of the first; NaN if that is 0.
+    largest, layer, name: the largest difference of a layer (second minus first), and where it is.
+    r, rho: Pearson's and Spearman's correlation over layers; NaN for fewer than three layers or a
+        constant curve.
+    area: between the curves sorted by magnitude, over the relative rank; in units of std.
+    identical: whether networks with the same layers have the same numbers.
     """
     layers = compare_frames(first, second)
     worst = layers.loc[layers["difference"].abs().idxmax()]
     falling = [np.sort(frame["std"].to_numpy(float))[::-1] for frame in (first, second)]
     at = positions(min(map(len, falling)))
     ranked = [np.interp(at, positions(len(curve)), curve) for curve in falling]
+    mean = first["std"].mean()
     return {
-        "ratio": second["std"].mean() / first["std"].mean() if first["std"].any() else float("nan"),
+        "ratio": second["std"].mean() / mean if mean else float("nan"),
         "largest": worst["difference"],
         "layer": int(worst["layer"]),
         "name": str(worst["name"]),
@@ -127,12 +137,13 @@ def correlation(x: pd.Series[float], y: pd.Series[float]) -> float:
 
 @dataclass(frozen=True)
 class PermutationTest:
-    """A permutation test of two groups of seeds.
+    """The result of a permutation test of two groups of seeds.
 
-    difference: of the groups' means, second - first. p: the share of relabelings whose means are at
-    least as far apart, two-sided. smallest: the smallest p that so many seeds can give. interval:
-    of the difference, 95 %, or None where there are too few seeds for one (`ENOUGH`: with fewer, no
-    shift is ever rejected at 5 %).
+    difference: of the groups' means, second minus first.
+    p: two-sided; the share of relabelings whose means are at least as far apart.
+    smallest: the smallest p that so many seeds can give.
+    interval: 95 %, of the difference; None if there are too few seeds (`ENOUGH`): no shift is then
+        ever rejected at 5 %.
     """
 
     difference: float
@@ -142,38 +153,38 @@ class PermutationTest:
 
 
 def permutation_test(first: Sequence[float], second: Sequence[float]) -> PermutationTest:
-    """Whether two groups of values differ in their means, exactly: all relabelings of the seeds are
-    gone through.
+    """Test exactly, over all relabelings of the seeds, whether two groups differ in their means.
 
-    first, second: one value a seed. Where the groups come from one distribution, P(p <= a) <= a for
-    every a. The interval holds the shifts of the first group that the test does not reject at 5 %.
-    ValueError for an empty group, or where there are more than 200,000 relabelings.
+    first, second: one value a seed.
+
+    If both groups come from one distribution, P(p <= a) <= a for every a. The interval holds the
+    shifts of the first group that the test does not reject at 5 %. Raises ValueError for an empty
+    group, or for more than 200,000 relabelings.
     """
     a, b = np.asarray(first, float), np.asarray(second, float)
     if not np.isfinite([*a, *b]).all():
         raise ValueError("NaN or infinity among the values of two groups")
-    total = comb(len(a) + len(b), len(a))
     if not len(a) or not len(b):
         raise ValueError("a group without a network: there is nothing to compare")
-    if total > ENUMERATED:
+    total = comb(len(a) + len(b), len(a))
+    if total > MOST_RELABELINGS:
         raise ValueError(
-            f"{len(a)} and {len(b)} networks have {total:,} relabelings; compare at most {ENUMERATED:,}"
+            f"{len(a)} and {len(b)} networks have {total:,} relabelings, and at most "
+            f"{MOST_RELABELINGS:,} are tried: compare fewer networks"
         )
     chosen = np.array(list(combinations(range(len(a) + len(b)), len(a))))  # (relabelings, n)
-    smallest = (
-        2 if len(a) == len(b) else 1
-    ) / total  # groups of one size: swapping them is as extreme
-    difference = float(b.mean() - a.mean())
+    smallest = (2 if len(a) == len(b) else 1) / total  # swapping groups of one size is as extreme
     interval = None
     if smallest <= LEVEL:
         reach = 2 * float(np.ptp(np.concatenate([a, b]))) + 1e-9
-        interval = (accepted_end(a, b, chosen, -reach), accepted_end(a, b, chosen, reach))
-    return PermutationTest(difference, p_value(a, b, chosen), smallest, interval)
+        interval = accepted_end(a, b, chosen, -reach), accepted_end(a, b, chosen, reach)
+    return PermutationTest(float(b.mean() - a.mean()), p_value(a, b, chosen), smallest, interval)
 
 
 def p_value(a: np.ndarray, b: np.ndarray, chosen: np.ndarray) -> float:
-    """The share of the choices (relabelings, n) of a first group whose mean is as far from the
-    others' as a's.
+    """Return the share of relabelings whose means are as far apart as those of a and b.
+
+    chosen: (relabelings, n), the members of each relabeling's first group.
     """
     values = np.concatenate([a, b])
     sums = values[chosen].sum(1)  # (relabelings, n) -> (relabelings,)
@@ -184,9 +195,7 @@ def p_value(a: np.ndarray, b: np.ndarray, chosen: np.ndarray) -> float:
 
 
 def accepted_end(a: np.ndarray, b: np.ndarray, chosen: np.ndarray, reach: float) -> float:
-    """The farthest shift from the observed one, towards observed + reach, that the test does not
-    reject.
-    """
+    """Return the farthest shift, towards observed + reach, that the test does not reject."""
     observed = float(b.mean() - a.mean())
     inside, outside = observed, observed + reach
     for _ in range(60):

@@ -1,218 +1,46 @@
-"""What the commands of this package measure: networks from files, and images that suit them.
+"""From `[LABEL=]ITEM` on the command line to networks, and to images that suit them.
 
-The options are the same in every command (`add_options`), and so is the way from them to frames:
-
-    plan = prepare(args, found)  # found: label, file and kind of each network
-    frames = measure_all(args, plan)  # analysis.measuring.networks
+networks, images = open_networks([find_item("resnet-20"), find_item("mine=file.pth")], options)
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import re
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from analysis.measuring.processes import rank, together
+from analysis.cli.options import CIFAR10, PROBE
+from analysis.measuring.networks import Network, Options
+from analysis.measuring.processes import together
 from models.messages import is_plain
 
-if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help does without
-    from torch import nn
+if TYPE_CHECKING:  # torch and pandas take seconds to import, and --help needs neither
+    from models.checkpoints.loading import Candidates, Checkpoint, CheckpointFile
+    from models.data import ImageSet
 
-    from models.checkpoints.loading import Checkpoint
-    from models.data.cifar10 import Cifar10
-    from models.data.folder import ImageFolder
-    from models.data.probe import Probe
-
-    Data = Cifar10 | Probe | ImageFolder
-
-LABEL = 80  # characters at most
-SAMPLE = 64  # images of 224x224 pixels by which a network is recognised
-ON_IMAGES = (
-    "data",
-    "split",
-    "images",
-    "normalize",
-    "batch_size",
-    "device",
-    "precision",
-)  # options that need some
-CIFAR10, PROBE = (
-    Path("cifar10"),
-    Path("probe"),
-)  # words that --data takes: the real images or an error, a stand-in
+LONGEST = 80  # characters of a label
+SAMPLES = {32: 10_000, 224: 64}  # images by which networks are recognised, by their side
+NO_IMAGES = "no images: the closed form from BN's tensors instead (--source batchnorm)"
 
 
 @dataclass(frozen=True)
-class Found:
-    """A file to read: the label that was asked for, if any, where it lies, and its kind, if that
-    was said.
-    """
+class Item:
+    """A checkpoint: its path, the label and kind that were given, and the file if it was read."""
 
     label: str | None
     path: Path
     kind: str | None = None
-
-
-@dataclass(frozen=True)
-class Network:
-    """A checkpoint under the label that the frame and the figure give it."""
-
-    label: str
-    checkpoint: Checkpoint
-
-    @property
-    def model(self) -> nn.Module:
-        """The network; there is one wherever it is to run."""
-        assert self.checkpoint.model is not None
-        return self.checkpoint.model
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The networks, the images to measure them on (None for the closed form alone), and the sources
-    of the numbers.
-    """
-
-    networks: list[Network]
-    data: Data | None
-    sources: list[str]
-
-
-def add_options(
-    parser: argparse.ArgumentParser, *, both: bool = False, source: str | None = None
-) -> None:
-    """Options that say what is measured, on what, and how. both: whether two sources may be named.
-    source: default.
-    """
-    add = parser.add_argument
-    add(
-        "--source",
-        nargs="+" if both else 1,
-        choices=("hooks", "batchnorm"),
-        default=source and [source],
-        help=f"measure on images, {'' if both else 'or '}compute from BN's tensors alone{', or both' if both else ''} "
-        f"(default: {source or 'hooks, and batchnorm where there are no images'})",
-    )
-    add(
-        "--data",
-        type=Path,
-        metavar="PATH",
-        help="CIFAR-10: parquet, official version, archive or folder of images "
-        "(default: $CIFAR10, ./data, cache folder, download, else the probe set); for ImageNet's networks a folder of "
-        "images; probe: synthetic images in place of CIFAR-10's; cifar10: these, or an error",
-    )
-    add(
-        "--split",
-        choices=("test", "train"),
-        default="test",
-        help="of CIFAR-10 (default: %(default)s)",
-    )
-    add(
-        "--images",
-        type=positive,
-        metavar="N",
-        help="measure on N of the images, evenly spaced (default: all)",
-    )
-    add(
-        "--normalize",
-        default="auto",
-        metavar="PRESET",
-        help="imagenet, cifar10, cifar10-2, [-1,1], [0,1], per-pixel "
-        "or auto (the file's card, else what fits; the default); not of shipped networks: they have one",
-    )
-    add(
-        "--model",
-        metavar="FILE.py:FUNCTION",
-        help="builds the network of the checkpoints, where it is none of the "
-        "paper's; or PACKAGE.MODULE:FUNCTION",
-    )
-    add(
-        "--ema",
-        action="store_true",
-        help="take the averaged copy of the weights (EMA) that lies in a checkpoint",
-    )
-    add(
-        "--batch-size",
-        type=positive,
-        metavar="N",
-        help="images at a time (default: as many as the caches, or a GPU's memory, have room for)",
-    )
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
-    add(
-        "--precision",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="default: %(default)s",
-    )
-    add("--out", type=Path, default=Path("figures"), metavar="DIR", help="default: %(default)s")
-    add(
-        "--format",
-        choices=("png", "pdf", "svg"),
-        nargs="+",
-        default=["png", "pdf"],
-        help="default: png pdf",
-    )
-    add(
-        "--verbose",
-        action="store_true",
-        help="say whether a folded copy of each network was measured, or why not",
-    )
-    add("--debug", action="store_true", help="show the traceback of an error")
-
-
-def positive(text: str) -> int:
-    """A whole number of 1 or more; argparse says so where it is not."""
-    if not re.fullmatch("[0-9]{1,12}", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number of 1 or more")
-    return int(text)
-
-
-def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with argparse's usage line and status 2 where an option's value does not exist on this
-    machine.
-
-    A source that is named twice counts once. Options that say how images are measured are named on
-    stderr where only the closed form is asked for.
-    """
-    from models.data.preprocessing import PER_PIXEL, PRESETS
-
-    presets = ["auto", *PRESETS, PER_PIXEL]
-    if args.normalize not in presets:
-        parser.error(f"--normalize: unknown preset {args.normalize!r}; one of {', '.join(presets)}")
-    import torch
-
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device on this machine; use --device cpu")
-    if args.source:
-        args.source = list(dict.fromkeys(args.source))
-    if args.source == ["batchnorm"] and rank() == 0:
-        given = [name for name in ON_IMAGES if getattr(args, name) != parser.get_default(name)]
-        if given:
-            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            print(f"{options}: without effect, --source batchnorm takes no images", file=sys.stderr)
-
-
-def check_folder(folder: Path) -> None:
-    """Make the folder for the results, before the work. ValueError where it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"--out {folder}: {error.strerror}; name a folder that can be written"
-        ) from error
+    file: CheckpointFile | None = None
 
 
 def split_label(item: str) -> tuple[str | None, Path]:
-    """LABEL=PATH or PATH. A file that exists wins: Lightning's files are called
-    epoch=3-step=100.ckpt.
+    """Split `LABEL=PATH`. An existing file wins: Lightning writes epoch=3-step=100.ckpt.
+
+    >>> split_label("mine=runs/best.pth")
+    ('mine', PosixPath('runs/best.pth'))
     """
     label, equals, path = item.partition("=")
     if not equals or Path(item).is_file():
@@ -220,73 +48,85 @@ def split_label(item: str) -> tuple[str | None, Path]:
     return label or None, Path(path)
 
 
-def find_network(item: str) -> Found:
-    """The file of [LABEL=]ITEM: a shipped network by its name, or a checkpoint. A file that exists
-    wins.
-    """
+def find_item(text: str, kind: str | None = None) -> Item:
+    """Return the checkpoint that `[LABEL=]ITEM` names. An existing file wins over a shipped name."""
     from models import zoo
 
-    label, path = split_label(item)
-    shipped = str(path) in zoo.shipped() and not path.is_file()
-    return Found(label, zoo.find(str(path)) if shipped else path)
+    label, path = split_label(text)
+    name = None if path.is_file() else zoo.spelling(str(path))
+    return Item(label, path if name is None else zoo.find(name), kind)
 
 
-def prepare(args: argparse.Namespace, found: Sequence[Found]) -> Plan:
-    """Read the files, find images for their networks, and say on stdout what each is and how that
-    is known.
+def open_networks(items: Sequence[Item], options: Options) -> tuple[list[Network], ImageSet | None]:
+    """Read each file once, find images for the networks, and say what each is and how it is known.
 
-    Raises ValueError or OSError, with what to do, for bad input.
+    Returns None for the images if only the closed form can be computed. Raises ValueError or
+    OSError, with what to do, for bad input.
     """
     with together():
-        checkpoints = [load_checkpoint(args, item, None) for item in found]
-        data = find_data(args, checkpoints)
-        if data is not None:
-            sample = sample_of(data)
-            checkpoints = [load_checkpoint(args, item, sample) for item in found]
+        opened = [open_file(item, options) for item in items]
+        every = find_images([candidates.side for candidates in opened], options)
+        sample = None if every is None else every.sample(SAMPLES[every.side])
+        images = None if every is None else choose_images(every, options)
         networks: list[Network] = []
-        for item, checkpoint in zip(found, checkpoints, strict=True):
+        for item, candidates in zip(items, opened, strict=True):
+            checkpoint = candidates.choose(sample, likely_kind=kind_in(item.label))
+            warn_of_label(item, checkpoint)
             label = choose_label(item, checkpoint, {network.label for network in networks})
             networks.append(Network(label, checkpoint))
-            announce(networks[-1], data)
-    return Plan(networks, data, args.source or (["batchnorm"] if data is None else ["hooks"]))
+            announce(networks[-1], images)
+    return networks, images
 
 
-def load_checkpoint(args: argparse.Namespace, item: Found, sample: Any) -> Checkpoint:
-    """Read one checkpoint; where nothing else says whether it is residual or plain, its label does."""
+def open_file(item: Item, options: Options) -> Candidates:
+    """Read one checkpoint. The card of a shipped network says what options say of other files."""
     from models.checkpoints.custom import build_from
-    from models.checkpoints.loading import load
-    from models.resnet import parse_name
+    from models.checkpoints.loading import read
 
-    ours = is_shipped(item.path)  # its card says all that options say of others
-    model = build_from(args.model) if args.model and not ours else None
-    normalize = None if args.normalize == "auto" or ours else args.normalize
-    options: dict[str, Any] = {"normalize": normalize, "ema": args.ema and not ours, "model": model}
-    options["need_model"] = args.source != ["batchnorm"]
-    checkpoint = load(item.path, kind=item.kind, images=sample, **options)
-    try:
-        named = parse_name(item.label or "")
-    except ValueError:
-        return checkpoint  # a label of the user's own
-    if checkpoint.config is None:
-        return checkpoint
-    if checkpoint.how["kind"].startswith("assumed") and named.kind != checkpoint.config.kind:
-        checkpoint = load(item.path, kind=named.kind, images=sample, **options)
-    config = checkpoint.config
-    if config is not None and named.name != config.name:
-        checkpoint.warnings.append(f"the label says {item.label}, the file holds {config.name}")
-    return checkpoint
+    needed = not options.only_closed_form
+    if is_shipped(item.path):
+        return read(item.path).candidates(kind=item.kind, need_model=needed)
+    spec = options.model_for(item.label)
+    file = item.file or read(item.path, weights=options.weights, ema=options.ema)
+    return file.candidates(
+        kind=item.kind,
+        normalize=None if options.normalize == "auto" else options.normalize,
+        model=build_from(spec) if spec else None,
+        need_model=needed,
+    )
 
 
 def is_shipped(path: Path) -> bool:
+    """Whether a file is one of the networks that come with the project."""
     from models import zoo
 
     return path.parent == Path(zoo.__file__).parent
 
 
-def choose_label(item: Found, checkpoint: Checkpoint, taken: set[str]) -> str:
-    """The label that was asked for, else the network's name, else the file's. ValueError where it
-    is taken.
-    """
+def kind_in(label: str | None) -> str | None:
+    """Return the kind of network that a label names, such as `plain` for plain-20."""
+    from models.resnet import parse_name
+
+    try:
+        return parse_name(label or "").kind
+    except ValueError:
+        return None
+
+
+def warn_of_label(item: Item, checkpoint: Checkpoint) -> None:
+    """Add a warning if the label names another network than the file holds."""
+    from models.resnet import parse_name
+
+    config = checkpoint.config
+    if config is None or kind_in(item.label) is None:
+        return
+    if parse_name(item.label or "").name != config.name:
+        line = f"the label says {item.label}, the file holds {config.name}"
+        checkpoint.warnings.append(line)
+
+
+def choose_label(item: Item, checkpoint: Checkpoint, taken: set[str]) -> str:
+    """Return the given label, or else the network's name, or else the file's."""
     label = item.label
     if label is None:
         label = item.path.stem if checkpoint.config is None else checkpoint.config.name
@@ -297,150 +137,123 @@ def choose_label(item: Found, checkpoint: Checkpoint, taken: set[str]) -> str:
 
 
 def check_label(label: str) -> str:
-    """The label itself. ValueError where it could not stand in a table, a legend and a file."""
-    if not 0 < len(label) <= LABEL or not is_plain(label):
+    """Return the label. Raise ValueError if it cannot stand in a table, a legend and a file."""
+    if not 0 < len(label) <= LONGEST or not is_plain(label):
         raise ValueError(
-            f"{label!r} is no label: 1 to 80 printable characters, not beginning with = + - @ (spreadsheets take that "
-            "for a formula); name it, LABEL=PATH"
+            f"{label!r} cannot be a label: 1 to {LONGEST} printable characters are needed, without "
+            "= + - @ at the beginning (spreadsheets read that as a formula); name it, LABEL=PATH"
         )
     return label
 
 
-def announce(network: Network, data: Data | None) -> None:
-    """Say what a network is and how that is known; warnings go to stderr."""
+def announce(network: Network, images: ImageSet | None) -> None:
+    """Print what a network is and how that is known; warnings go to stderr."""
     label, checkpoint = network.label, network.checkpoint
-    how, config = checkpoint.how, checkpoint.config
-    iterations = trained(checkpoint)
+    config, model, iterations = checkpoint.config, checkpoint.model, checkpoint.iterations
+    name = config.name if config else type(model).__name__ if model else "none of the paper's"
     length = "" if iterations is None else f", trained for {iterations:,} iterations"
-    copy = f", weights: {how['weights']}" if "weights" in how else ""
-    name = (
-        config.name
-        if config
-        else type(checkpoint.model).__name__
-        if checkpoint.model
-        else "none of the paper's"
-    )
-    print(f"{label}: network {name} ({how['kind']}){length}{copy}")
-    if data is not None and checkpoint.preprocessing is not None:
-        padding = (
-            ""
-            if checkpoint.crop_padding is None
-            else f", {checkpoint.crop_padding} padding in training"
-        )
-        print(
-            f"{label}: preprocessing {checkpoint.preprocessing.name}{padding} ({how['preprocessing']})"
-        )
+    copy = f", weights: {checkpoint.weights_note}" if checkpoint.weights_note else ""
+    print(f"{label}: network {name} ({checkpoint.how_kind()}){length}{copy}")
+    if images is not None and checkpoint.preprocessing is not None:
+        padding = checkpoint.crop_padding
+        words = "" if padding is None else f", {padding} padding in training"
+        known = checkpoint.how_preprocessing()
+        print(f"{label}: preprocessing {checkpoint.preprocessing.name}{words} ({known})")
     for warning in checkpoint.warnings:
         print(f"warning: {label}: {warning}", file=sys.stderr)
 
 
-def trained(checkpoint: Checkpoint) -> int | None:
-    """For how many iterations, where the file has a card of our trainer that says so."""
-    training = checkpoint.card.get("training")
-    iterations = (
-        training.get("iteration", training.get("iterations"))
-        if isinstance(training, dict)
-        else None
-    )
-    return iterations if isinstance(iterations, int) else None
+def find_images(sides: Sequence[int | None], options: Options) -> ImageSet | None:
+    """Return images that suit the networks, or None for the closed form alone.
 
-
-def find_data(args: argparse.Namespace, checkpoints: list[Checkpoint]) -> Data | None:
-    """The images to measure on, or None for the closed form."""
-    if args.source == ["batchnorm"]:
+    sides: pixels on a side of each network's input, 32 or 224; None if that is not known.
+    """
+    if options.only_closed_form:
         return None
-    sizes = {
-        checkpoint.config.images for checkpoint in checkpoints if checkpoint.config is not None
-    }
-    if len(sizes) > 1:
-        raise ValueError(
-            "networks for 32x32 and for 224x224 images in one command: measure them in two"
-        )
-    data = find_folder(args) if sizes == {"imagenet"} else find_cifar10(args, sizes)
-    if data is not None:
-        if args.images and args.images > len(data):
-            raise ValueError(f"--images {args.images}: there are {len(data)} images in {data.path}")
-        print(data.describe())
-    return data
+    known = {side for side in sides if side is not None}
+    if len(known) > 1:
+        raise ValueError("networks for 32x32 and for 224x224 images: measure them in two commands")
+    return find_folder(options) if known == {224} else find_cifar10(options, known)
 
 
-def find_folder(args: argparse.Namespace) -> ImageFolder | None:
-    """A folder of images for networks of 224x224 input."""
+def choose_images(every: ImageSet, options: Options) -> ImageSet:
+    """Return and describe the images to measure on; the probe set is of use only as a whole."""
+    from models.data.probe import Probe
+
+    count = options.images or len(every)
+    if isinstance(every, Probe):
+        count = len(every)
+    elif count > len(every):
+        raise ValueError(f"--images {count}: there are only {len(every)} images")
+    images = every.some(count)
+    print(images.describe())
+    return images
+
+
+def find_folder(options: Options) -> ImageSet | None:
+    """Return a folder of images for networks with 224x224 input."""
     from models.data.folder import ImageFolder
 
-    if args.data == PROBE:
+    if options.data == PROBE:
         raise ValueError(
-            "--data probe: 32x32 images; these networks take 224x224: name a folder of images with --data"
+            "--data probe: its images have 32x32 pixels, and these networks take 224x224: name a "
+            "folder of images with --data"
         )
-    if args.data:
-        return ImageFolder.open(args.data)
-    message = "no images for networks of 224x224 input: name a folder of them with --data"
-    if args.source:
+    if options.data:
+        return ImageFolder.open(options.data)
+    message = "no images for networks with 224x224 input: name a folder of them with --data"
+    return without_images(message, options)
+
+
+def without_images(message: str, options: Options) -> None:
+    """Say that the closed form is computed instead. Raise ValueError if hooks were asked for."""
+    if options.sources:
         raise ValueError(message)
-    print(f"{message}\n{INSTEAD}", file=sys.stderr)
-    return None
+    print(f"{message}\n{NO_IMAGES}", file=sys.stderr)
 
 
-INSTEAD = "no images: the closed form from BN's tensors instead (--source batchnorm)"
-
-
-def find_cifar10(args: argparse.Namespace, sizes: set[str]) -> Data | None:
-    """CIFAR-10, or the probe set; for a network of the user's own, whose input size is unknown,
-    else a folder.
-    """
-    from models.data import cifar10
+def find_cifar10(options: Options, sides: set[int]) -> ImageSet | None:
+    """Return CIFAR-10 or the probe set; a folder of images if the input size is not known."""
+    from models.data import cifar10, probe
     from models.data.formats import NoData, WrongSize
 
-    if args.data == PROBE:
-        return find_probe(args)
+    if options.data == PROBE:
+        return find_probe(options)
     try:
-        return cifar10.load(place_of(args.data), args.split)
+        return cifar10.load(place_of(options.data), options.split)
     except (NoData, WrongSize) as error:
-        if args.data and not sizes and args.data.is_dir():
-            return find_folder(args)
-        if args.data or os.environ.get("CIFAR10"):
+        if options.data and not sides and options.data.is_dir():
+            return find_folder(options)
+        if options.data or os.environ.get("CIFAR10"):
             raise
-        if sizes == {"cifar"} and args.split == "test":
-            whole = ", all of it whatever --images says" if args.images else ""
-            print(
-                f"{error}. The probe set stands for them{whole} (--data cifar10 asks for no stand-in)",
-                file=sys.stderr,
-            )
-            args.images = None
-            return find_probe(args)
-        if args.source:
-            raise
-        print(f"{error}\n{INSTEAD}", file=sys.stderr)
-        return None
+        if sides != {32} or options.split != "test":
+            return without_images(str(error), options)
+        whole = ", all of it whatever --images says" if options.images else ""
+        line = (
+            f"{error}. The probe set stands for them{whole} (--data cifar10 asks for no stand-in)"
+        )
+        print(line, file=sys.stderr)
+        return probe.load()
 
 
 def place_of(path: Path | None) -> Path | None:
-    """Where the real images lie; None, wherever they can be found, for the word that asks for no
-    stand-in.
+    """Return the place of the real images; None for the word `cifar10`: wherever they are found.
 
-    A file or folder of this name wins: it is the real images either way. Of PROBE the word wins, as
-    a folder of results may well bear its name.
+    A file or folder called cifar10 wins over the word; the word `probe` wins over a folder.
     """
     return None if path == CIFAR10 and not path.exists() else path
 
 
-def find_probe(args: argparse.Namespace) -> Probe:
-    """The shipped probe set, all of it."""
+def find_probe(options: Options) -> ImageSet:
+    """Return the probe set. Raise ValueError if a part of it is asked for."""
     from models.data import probe
 
-    if args.split != "test":
+    if options.split != "test":
         raise ValueError(
-            f"--split {args.split}: the probe set stands for the test images; leave --split out"
+            f"--split {options.split}: the probe set stands for test images; leave --split out"
         )
-    if args.images:
+    if options.images:
         raise ValueError(
-            f"--images {args.images}: the probe set holds only as a whole; leave --images out"
+            f"--images {options.images}: the probe set holds only as a whole; leave --images out"
         )
     return probe.load()
-
-
-def sample_of(data: Data) -> Any:
-    """Images (n, H, W, 3) uint8 by which networks are recognised."""
-    from models.data.folder import ImageFolder
-
-    return data.sample(SAMPLE) if isinstance(data, ImageFolder) else data.images

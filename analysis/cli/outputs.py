@@ -1,85 +1,124 @@
-"""What the commands of this package write: frames, figures, pages, provenance; all files or none."""
+"""What the commands write: frames, figures, pages and provenance; all files or none."""
 
 from __future__ import annotations
 
 import argparse
+import csv
+import errno
 import io
 import json
+import shlex
 import sys
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.measuring.processes import joined
-from models.messages import is_out_of_memory, out_of_memory, report
-
-if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help does without
+if TYPE_CHECKING:  # torch and pandas take seconds to import, and --help needs neither
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from analysis.cli.items import Network, Plan
+    from analysis.measuring.networks import Measured, Options
+    from models.data import ImageSet
 
-UNDATED = {
-    "pdf": {"CreationDate": None},
-    "svg": {"Date": None},
-}  # the same figure gives the same bytes
+UNDATED = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}  # equal figures give equal bytes
 
 
-def finish(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Run a command. Returns its exit status: 0, 2 with one line for bad input, 130 after Ctrl-C."""
+def add_output_options(parser: argparse.ArgumentParser, *, page: bool = True) -> None:
+    """Add the options that say what is written, and where."""
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("figures"), metavar="DIR", help="default: figures")
+    add(
+        "--format",
+        choices=("png", "pdf", "svg"),
+        nargs="+",
+        default=["png", "pdf"],
+        help="of figures (default: png pdf)",
+    )
+    if page:
+        add(
+            "--html",
+            action="store_true",
+            help="also write a page: one file with the figures, every layer and where the numbers "
+            "come from",
+        )
+    add("--debug", action="store_true", help="show the traceback of an error")
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder for the results before the work. Raise ValueError if it is not writable."""
     try:
-        with joined(args.device), warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", module="PIL"
-            )  # of a damaged image the error says enough
-            run(args)
-    except KeyboardInterrupt:
-        print("interrupted: no file is half-written", file=sys.stderr)
-        return 130
-    except Exception as error:
-        short = is_out_of_memory(error)
-        if args.debug or not (short or isinstance(error, ValueError | OSError)):
-            raise
-        return report(out_of_memory(error) if short else error)
-    return 0
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        message = f"--out {folder}: {error.strerror}; name a folder that can be written"
+        raise ValueError(message) from error
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> str:
-    """Write files into a folder, all of them or none. Returns lines that say so; ValueError where
-    it cannot be.
+    """Write files into a folder, all of them or none. Return lines that name them.
+
+    Raises ValueError, with what to do, if one cannot be written.
     """
     from models.files import replacing, uninterrupted
 
-    for name in files:
-        if (folder / name).is_dir():
-            raise ValueError(
-                f"{folder / name} is a folder, and a result has this name: move it away, or name another --out"
-            )
     try:
+        for name in files:
+            check_replaceable(folder / name)
         with uninterrupted(), ExitStack() as stack:
             for name, content in files.items():
                 stack.enter_context(replacing(folder / name)).write_bytes(content)
     except OSError as error:
-        raise ValueError(
-            f"{folder}: cannot write: {error.strerror}; make room, or name another --out"
-        ) from error
+        advice = "make room, or name another --out"
+        raise ValueError(f"{folder}: cannot write: {error.strerror}; {advice}") from error
     return "\n" + "\n".join(f"wrote {folder / name}" for name in files)
 
 
+def check_replaceable(path: Path) -> None:
+    """Raise an error if a file of this name cannot be put in the place of what is there."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, and a result has this name: name another --out")
+    try:
+        with open(path, "r+b"):
+            pass
+    except OSError as error:
+        if error.errno == errno.EPERM:  # immutable; one that is only read-only can be replaced
+            raise
+
+
 def as_csv(frame: pd.DataFrame) -> bytes:
-    """A frame as a file: numbers in full."""
-    return str(frame.to_csv(index=False, lineterminator="\n")).encode()
+    """Return a frame as a CSV file, with numbers in full.
+
+    Text is quoted if some of it holds a semicolon, which separates cells in some countries: what
+    follows it could be a formula.
+    """
+    text = frame.select_dtypes(["object", "string"])
+    split = any(";" in str(value) for value in text.to_numpy().flat)
+    quoting = csv.QUOTE_NONNUMERIC if split else csv.QUOTE_MINIMAL
+    return str(frame.to_csv(index=False, lineterminator="\n", quoting=quoting)).encode()
 
 
 def as_json(document: Mapping[str, Any]) -> bytes:
-    """A document as a file."""
-    return (json.dumps(document, indent=2) + "\n").encode()
+    """Return a document as a JSON file; NaN becomes null."""
+    return (json.dumps(finite(document), indent=2, allow_nan=False) + "\n").encode()
 
 
-def as_images(name: str, figure: Figure, formats: list[str]) -> dict[str, bytes]:
-    """A figure as a file of each format, by file name."""
+def finite(value: Any) -> Any:
+    """Return a document with null in place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    if isinstance(value, float) and value - value != 0:
+        return None
+    return value
+
+
+def as_images(name: str, figure: Figure, formats: Sequence[str]) -> dict[str, bytes]:
+    """Return a figure as a file of each format, by file name."""
     import matplotlib as mpl
 
     from plots.style import RC
@@ -93,95 +132,119 @@ def as_images(name: str, figure: Figure, formats: list[str]) -> dict[str, bytes]
     return files
 
 
-def stand_in(provenance: Mapping[str, Any]) -> str:
-    """On which images the numbers rest, where these stand for others (`describe_network`); else
-    empty.
-    """
-    notes = (
-        entry["data"]["note"] for entry in provenance.values() if "note" in entry.get("data", {})
-    )
-    return "\n".join(dict.fromkeys(notes))
-
-
-def note_stand_in(figures: Iterable[Figure], provenance: Mapping[str, Any]) -> None:
-    """Write this below figures."""
-    from plots.style import write_note
-
-    for figure in figures:
-        if note := stand_in(provenance):
-            write_note(figure, note)
-
-
-def add_page_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--html",
-        action="store_true",
-        help="write a page to look at, too: one file that needs no "
-        "network, with the figures, every layer and where the numbers come from",
-    )
-
-
 def as_page(
     name: str,
     title: str,
     figures: Iterable[tuple[str, Figure]],
     table: pd.DataFrame,
-    provenance: dict[str, Any],
+    provenance: Mapping[str, Any],
 ) -> dict[str, bytes]:
-    """Figures with their captions, a table of layers and the provenance as one HTML file, by file
-    name.
-    """
+    """Return captions and figures, a table of layers and the provenance as one HTML file."""
     from plots.page import make_page
 
-    return {f"{name}.html": make_page(title, list(figures), table, provenance).encode()}
+    return {f"{name}.html": make_page(title, list(figures), table, dict(provenance)).encode()}
 
 
-def describe_network(
-    args: argparse.Namespace, network: Network, frame: pd.DataFrame, plan: Plan
-) -> dict[str, Any]:
-    """Where a network's numbers come from, as JSON can hold it."""
-    checkpoint, data = network.checkpoint, plan.data
-    name = None if checkpoint.config is None else checkpoint.config.name
-    known = checkpoint.how["kind"]
-    builder = args.model if known.startswith("built by --model") else None
-    entry: dict[str, Any] = {
+@dataclass(frozen=True)
+class Provenance:
+    """Where the numbers of one network come from.
+
+    network: its name, how its kind is known, and what built it (`--model`).
+    data: where the images come from, and how many were used.
+    The fields from `preprocessing` on are None if nothing was measured on images.
+    """
+
+    checkpoint: dict[str, Any]
+    network: dict[str, Any]
+    source: list[str]
+    warnings: list[str]
+    versions: dict[str, str]
+    command: str
+    eps: float | None = None
+    preprocessing: dict[str, Any] | None = None
+    data: dict[str, Any] | None = None
+    device: str | None = None
+    precision: str | None = None
+    accuracy: float | None = None
+    method: str | None = None
+    rounding: dict[str, float] | None = None
+    unpaired: dict[str, str] | None = None
+    unseen: list[str] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields that are known."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def provenance_of(measured: Measured, images: ImageSet | None, options: Options) -> Provenance:
+    """Return where the numbers of one network come from."""
+    checkpoint, result = measured.network.checkpoint, measured.measurement
+    config = checkpoint.config
+    facts: dict[str, Any] = {
         "checkpoint": {
             "path": str(checkpoint.path),
             "sha256": checkpoint.digest,
             "card": checkpoint.card,
         },
-        "network": {"name": name, "kind_known": known, "model": builder},
-        "source": plan.sources,
+        "network": {
+            "name": None if config is None else config.name,
+            "kind_known": checkpoint.how_kind(),
+            "model": options.model_for(measured.network.label),
+        },
+        "source": list(dict.fromkeys(measured.frame["source"])),
         "warnings": checkpoint.warnings,
         "versions": versions(),
+        "command": " ".join(["python -m", module_name(), shlex.join(sys.argv[1:])]),
+        "eps": measured.eps,
     }
-    if "hooks" in plan.sources and data is not None and checkpoint.preprocessing is not None:
-        entry["preprocessing"] = {
+    if result is not None and images is not None and checkpoint.preprocessing is not None:
+        facts["preprocessing"] = {
             "name": checkpoint.preprocessing.name,
-            "known": checkpoint.how["preprocessing"],
+            "known": checkpoint.how_preprocessing(),
             "crop_padding": checkpoint.crop_padding,
         }
-        entry["data"] = {**data.provenance(), "images": int(frame["images"].max())}
-        device = str(next(network.model.parameters()).device)
-        entry |= {
-            "device": device,
-            "precision": args.precision,
-            "accuracy": frame.attrs["accuracy"],
-        }
-        entry |= {"path": frame.attrs["path"], "rounding": frame.attrs["rounding"]}
-        entry |= {"unpaired": frame.attrs["unpaired"], "unseen": frame.attrs["unseen"]}
-    return entry
+        facts["data"] = {**images.provenance(), "images": result.images}
+        facts["device"] = str(next(measured.network.model.parameters()).device)
+        facts |= {"precision": options.precision, "rounding": measured.rounding}
+        for name in ("accuracy", "method", "unpaired", "unseen"):
+            facts[name] = getattr(result, name)
+    return Provenance(**facts)
+
+
+def module_name() -> str:
+    """Return the module that was started with `python -m`, or else the name of the program."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
 
 
 def versions() -> dict[str, str]:
-    """The versions of what the numbers depend on."""
+    """Return the versions of what the numbers depend on."""
     from importlib.metadata import PackageNotFoundError, version
     from platform import python_version
 
-    known = {"python": python_version()} | {
-        package: version(package) for package in ("torch", "numpy", "pandas")
-    }
+    packages = {package: version(package) for package in ("torch", "numpy", "pandas")}
     try:
-        return {"layer-responses": version("layer-responses")} | known
+        own = version("layer-responses")
     except PackageNotFoundError:  # run from a checkout
-        return {"layer-responses": "not installed"} | known
+        own = "not installed"
+    return {"layer-responses": own, "python": python_version(), **packages}
+
+
+def notes_of(images: ImageSet | None) -> list[str]:
+    """Return what has to stand under figures: that images stand in, or are a part of a set."""
+    if images is None:
+        return []
+    if note := images.provenance().get("note"):
+        return [note]
+    if len(images) < images.total:
+        return [f"measured on {len(images):,} of {images.total:,} images"]
+    return []
+
+
+def write_notes(figures: Iterable[Figure], notes: Iterable[str]) -> None:
+    """Write notes under figures."""
+    from plots.style import write_note
+
+    for figure in figures:
+        for note in notes:
+            write_note(figure, note)

@@ -1,248 +1,329 @@
-"""The numbers of each network, from its sources: measured on images by hooks, or computed from BN's
-tensors.
+"""Measure networks on images, compute them by the closed form, or both.
 
-    plan = prepare(args, found)  # analysis.cli.items
-    frames = measure_all(args, plan)
+    results = measure_networks(networks, images, options)
+    results[0].frame  # one row a layer and source
 
-All networks run on a batch of images before the next batch is taken: images are read and decoded
-once. Of several processes (analysis.measuring.processes) each measures its part of the images.
+All networks run on a batch of images before the next batch is read, so that images are read and
+decoded once. Each of several processes (analysis.measuring.processes) measures its own part.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
-from functools import partial, reduce
-from itertools import chain, zip_longest
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.measuring.processes import count_processes, exchange, leave, part_of, rank, together
 from models.messages import does_not_run, is_out_of_memory
 
-if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help does without
+if TYPE_CHECKING:  # torch and pandas take seconds to import, and --help needs neither
+    import numpy as np
     import pandas as pd
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
-    from analysis.cli.items import Data, Network, Plan
-    from analysis.measuring.measurement import Result
+    from analysis.measuring.measurement import Measurement
+    from models.checkpoints.loading import Checkpoint
+    from models.data import ImageSet
 
-BLOCK_IMAGES = (
-    1000  # on which residual blocks are measured: the whole probe set, and enough of others
-)
-RESPONSE = 64  # bytes a pixel of the image, of the first stage's: 16 channels, or 64 at half the size, in float32
-FEW = 16  # images in the first batch, which runs through the network itself: the others are cheaper
-SHOWN = 3  # names that a line lists
-ERROR_IMAGES, BATCHES = 256, 8  # on which bfloat16 is compared with float32
+RESPONSE = 64  # bytes of a response in the first stage, per pixel of the image, in float32
+FIRST = 16  # images in the first batch, which runs unfolded and so costs more
+SHOWN = 3  # names in a printed line
+ROUNDING_IMAGES, ROUNDING_BATCHES = 256, 8  # on which bfloat16 is compared with float32
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured, on what, and how.
+
+    sources: `hooks`, `batchnorm` or both; empty if hooks are to be used if there are images.
+    images: measure on so many of them; None for all.
+    models: `FILE.py:FUNCTION` by label; the label None is for every network.
+    weights: which set of weights in a checkpoint; None for the main one.
+    eps: of BN, for closed forms of files, which do not say it; None for torch's default.
+    """
+
+    sources: tuple[str, ...] = ()
+    data: Path | None = None
+    split: str = "test"
+    images: int | None = None
+    normalize: str = "auto"
+    models: dict[str | None, str] = field(default_factory=dict)
+    ema: bool = False
+    weights: str | None = None
+    eps: float | None = None
+    batch_size: int | None = None
+    device: str = "auto"
+    precision: str = "float32"
+    fold: bool = True
+    verbose: bool = False
+
+    @property
+    def only_closed_form(self) -> bool:
+        """Whether no image is needed."""
+        return self.sources == ("batchnorm",)
+
+    def model_for(self, label: str | None) -> str | None:
+        """Return what builds the network with this label, if there is something."""
+        return self.models.get(label, self.models.get(None))
+
+
+@dataclass(frozen=True)
+class Network:
+    """A checkpoint under the label that it has in frames, figures and messages."""
+
+    label: str
+    checkpoint: Checkpoint
+
+    @property
+    def model(self) -> nn.Module:
+        """The network; `open_networks` sees to it that there is one if it has to run."""
+        assert self.checkpoint.model is not None
+        return self.checkpoint.model
+
+    @property
+    def kind_and_depth(self) -> tuple[str, int | None]:
+        """Such as (`residual`, 56); (`other`, None) for a network that is none of the paper's."""
+        config = self.checkpoint.config
+        return ("other", None) if config is None else (config.kind, config.depth)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The numbers of one network.
+
+    frame: one row a layer; the rows of a second source follow those of the first.
+    measurement: what the images gave; None for the closed form alone.
+    rounding: relative difference of bfloat16 from float32 (images, mean, largest), if measured.
+    eps: the epsilon that the closed form assumed; None if the network says its own, or if unused.
+    """
+
+    network: Network
+    frame: pd.DataFrame
+    measurement: Measurement | None = None
+    rounding: dict[str, float] | None = None
+    eps: float | None = None
+
+
+def measure_networks(
+    networks: Sequence[Network], images: ImageSet | None, options: Options
+) -> list[Measured]:
+    """Return the numbers of each network from the sources that the options name.
+
+    Without images, or with `batchnorm` among the sources, the closed form is computed. Only the
+    first of several processes returns.
+    """
+    import pandas as pd
+
+    sources = options.sources or (("batchnorm",) if images is None else ("hooks",))
+    computed: list[pd.DataFrame] = []
+    if "batchnorm" in sources:  # before minutes of measuring: it may raise
+        with together():
+            computed = [compute(network, options.eps) for network in networks]
+    measured: list[Measurement] = []
+    rounding: list[dict[str, float]] = []
+    if "hooks" in sources:
+        assert images is not None  # open_networks raises if there are none
+        if options.precision == "bfloat16":
+            rounding = rounding_errors(networks, images, options)
+        measured = run_networks(networks, images, options)
+    leave()
+    results = []
+    for number, network in enumerate(networks):
+        frames = []
+        if measured:
+            report_gaps(network.label, measured[number], options.verbose)
+            with named(network):
+                frames.append(measured[number].to_frame(network.label))
+        frames += computed[number : number + 1]
+        results.append(
+            Measured(
+                network,
+                pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0],
+                measured[number] if measured else None,
+                rounding[number] if rounding else None,
+                computed[number].attrs["eps"] if computed else None,
+            )
+        )
+        results[-1].frame.attrs = {}
+    return results
+
+
+def report_gaps(label: str, measurement: Measurement, verbose: bool) -> None:
+    """Say which convolutions are not measured, and why."""
+    for name_reasons, words in (
+        (measurement.unpaired, "not measured"),
+        (dict.fromkeys(measurement.unseen, "they did not run as modules"), "not measured"),
+    ):
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in name_reasons.items():
+            by_reason.setdefault(reason, []).append(name)
+        for reason, names in by_reason.items():
+            print(f"{label}: {words}, {reason}: {list_names(names)}")
+    if verbose:
+        print(f"{label}: measured {measurement.method}")
+
+
+def list_names(names: Sequence[str]) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def compute(network: Network, eps: float | None) -> pd.DataFrame:
+    """Return the frame of one network by the closed form; say what is left out or assumed."""
+    from analysis.measuring.frame import make_frame
+    from models.batchnorm import closed_form
+
+    checkpoint, label = network.checkpoint, network.label
+    try:
+        source = checkpoint.state if checkpoint.model is None else checkpoint.model
+        rows = closed_form(source, eps=eps)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from error
+    facts: Mapping[str, Any] = rows.attrs
+    if facts["unpaired"]:
+        print(f"{label}: not computed: {list_names(list(facts['unpaired']))}")
+    if facts["idle"]:
+        print(f"{label}: not computed, they never ran: {list_names(facts['idle'])}")
+    if facts["eps"] is not None:
+        effect = f"{100 * facts['eps_effect']:.2g} %"
+        print(
+            f"{label}: epsilon {facts['eps']:g} assumed; 1e-3 or 0 changes a std by up to {effect}"
+        )
+    if facts["ambiguous"]:
+        names = list_names(facts["ambiguous"])
+        line = f"names and order of the tensors disagree on {names}; a forward pass (--model) tells"
+        checkpoint.warnings.append(line)
+        print(f"warning: {label}: {line}", file=sys.stderr)
+    kind, depth = network.kind_and_depth
+    frame = make_frame(rows, network=label, kind=kind, depth=depth, source="batchnorm")
+    frame.attrs = {"eps": facts["eps"]}
+    return frame
+
+
+def run_networks(
+    networks: Sequence[Network], images: ImageSet, options: Options
+) -> list[Measurement]:
+    """Run each network once on every image, and return what was measured, merged over processes."""
+    from tqdm import tqdm
+
+    from analysis.measuring.measurement import Measurement, measuring
+
+    device = device_of(options)
+    first, end = part_of(len(images))
+    total = (end - first) * len(networks)
+    with together(), ExitStack() as stack:
+        bar = tqdm(total=total, unit=" images", leave=False, disable=True if rank() else None)
+        stack.enter_context(bar)
+        meters = [
+            stack.enter_context(
+                measuring(
+                    network.model.to(device),
+                    precision=options.precision,
+                    fold=options.fold,
+                    classes=images.classes,
+                    first_image=first,
+                )
+            )
+            for network in networks
+        ]
+        batches = stack.enter_context(closing(make_batches(images, first, end, options)))
+        for raw, labels in batches:
+            for network, meter in zip(networks, meters, strict=True):
+                bar.set_description(network.label)
+                with named(network):
+                    bar.update(meter.add(normalised(network, raw, labels)))
+    parts = exchange(([meter.result() for meter in meters], images.digests))
+    merged = []
+    for network, *others in zip(networks, *(results for results, _ in parts), strict=True):
+        with named(network):
+            merged.append(reduce(Measurement.merge, others))
+    for _, digests in parts:
+        images.digests.update(digests)
+    return merged
+
+
+def normalised(network: Network, raw: np.ndarray, labels: np.ndarray | None) -> Any:
+    """Return a batch as the network wants it: images (n, 3, H, W), with labels (n,) if known."""
+    import torch
+
+    preprocessing = network.checkpoint.preprocessing
+    assert preprocessing is not None  # recognised at the latest, as there are images
+    x: Tensor = preprocessing(raw)
+    return x if labels is None else (x, torch.from_numpy(labels))
+
+
+def make_batches(
+    images: ImageSet, first: int, end: int, options: Options
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Yield images (n, H, W, 3), uint8, and labels (n,); the first batch is a small one."""
+    size = options.batch_size or default_batch_size(images.side, device_of(options).type)
+    few = min(first + FIRST, end)
+    return chain(images.batches(size, first, few), images.batches(size, few, end))
 
 
 def default_batch_size(side: int, device: str) -> int:
-    """Images of side x side pixels at a time: as many as there is room for, but 8 at least and
-    1,024 at most.
-    """
+    """Return how many images of side x side pixels to run at a time: from 8 to 1,024."""
     return max(8, min(1024, room(device) // (RESPONSE * side**2)))
 
 
 def room(device: str) -> int:
-    """Bytes for one layer's response: four level 2 caches a core in use, or a 64th of a GPU's free
-    memory.
+    """Return the bytes for one layer's response: four level-2 caches a core, 1/64 of a free GPU.
 
-    Four: 128 images at once took 4 % less time than 32 (resnet-56, 2 cores with 1 MB each); more
-    was not tried.
+    With four caches, 128 images at once took 4 % less time than 32 (resnet-56, 2 cores, 1 MB each).
     """
     import torch
 
     if device == "cuda":
         return torch.cuda.mem_get_info()[0] // 64
-    known = "SC_LEVEL2_CACHE_SIZE" in getattr(os, "sysconf_names", ()) and os.sysconf(
-        "SC_LEVEL2_CACHE_SIZE"
-    )
-    return 4 * (known or 2**20) * torch.get_num_threads()
+    known = "SC_LEVEL2_CACHE_SIZE" in getattr(os, "sysconf_names", ())
+    cache = os.sysconf("SC_LEVEL2_CACHE_SIZE") if known else 0
+    return 4 * (cache or 2**20) * torch.get_num_threads()
 
 
-def device_of(args: argparse.Namespace) -> torch.device:
-    """Where networks run; each process of one machine has a GPU of its own (see
-    analysis.measuring.processes).
-    """
+def device_of(options: Options) -> torch.device:
+    """Return the device that networks run on; each process of a machine has a GPU of its own."""
     import torch
 
-    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def measure_all(args: argparse.Namespace, plan: Plan) -> list[pd.DataFrame]:
-    """The frame of each network: measured on the images, by the closed form, or both, one below the
-    other.
-    """
-    import pandas as pd
-
-    parts: list[list[pd.DataFrame]] = [[] for _ in plan.networks]
-    computed: list[pd.DataFrame] = []
-    if "batchnorm" in plan.sources:  # first: what cannot be computed is said before all is measured
-        with together():
-            computed = [compute(network) for network in plan.networks]
-    if "hooks" in plan.sources:
-        assert (
-            plan.data is not None
-        )  # find_data raises where hooks are asked for and there are none
-        errors = (
-            rounding_errors(args, plan.networks, plan.data) if args.precision == "bfloat16" else []
-        )
-        measured = measure_on(args, plan.networks, plan.data)
-        for network, part, frame, error in zip_longest(plan.networks, parts, measured, errors):
-            frame.attrs["rounding"] = error
-            part.append(frame)
-            if frame.attrs["unpaired"]:
-                print(
-                    f"{network.label}: not measured, no BN takes in their output: {list_names(frame.attrs['unpaired'])}"
-                )
-            if frame.attrs["unseen"]:
-                print(
-                    f"{network.label}: not measured, they did not run as modules: {list_names(frame.attrs['unseen'])}"
-                )
-            if args.verbose:
-                print(f"{network.label}: measured {frame.attrs['path']}")
-    leave()
-    for part, frame in zip(parts, computed, strict=False):
-        part.append(frame)
-    result = []
-    for frames in parts:
-        result.append(pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0])
-        result[-1].attrs = dict(frames[0].attrs)
-    return result
-
-
-def list_names(names: Sequence[str]) -> str:
-    """The first names of a list, and how many more there are."""
-    return ", ".join(names[:SHOWN]) + (
-        f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    )
-
-
-def compute(network: Network) -> pd.DataFrame:
-    """The frame of one network by the closed form."""
-    from analysis.measuring.frame import make_frame
-    from models.batchnorm import closed_form
-
-    checkpoint, config = network.checkpoint, network.checkpoint.config
-    try:
-        rows = closed_form(checkpoint.state if checkpoint.model is None else checkpoint.model)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint.path}: {error}") from error
-    kind, depth = ("other", None) if config is None else (config.kind, config.depth)
-    unpaired, ambiguous = rows.attrs.pop("unpaired"), rows.attrs.pop("ambiguous")
-    if unpaired:
-        print(
-            f"{network.label}: not computed, no BN seems to take in their output: {list_names(unpaired)}"
-        )
-    warnings = []
-    if rows.attrs.pop("sorted"):
-        warnings.append(
-            "the tensors are sorted by name, and so are the layers: --model and a forward pass tell"
-        )
-    if ambiguous:
-        warnings.append(
-            f"names and order of the tensors do not agree on {list_names(ambiguous)}: a forward pass tells"
-        )
-    checkpoint.warnings.extend(warnings)
-    for line in warnings:
-        print(f"warning: {network.label}: {line}", file=sys.stderr)
-    return make_frame(rows, network=network.label, kind=kind, depth=depth, source="batchnorm")
-
-
-def measure_on(args: argparse.Namespace, networks: list[Network], data: Data) -> list[pd.DataFrame]:
-    """The frame of each network, measured on images."""
-    frames = []
-    for network, result in zip(networks, run_on(args, networks, data), strict=True):
-        with named(network):
-            frames.append(result.to_frame(network.label))
-    return frames
-
-
-def run_on(args: argparse.Namespace, networks: list[Network], data: Data) -> list[Result]:
-    """What measuring each network on images gives; of several processes each measures its part of
-    them.
-
-    All networks run on a batch before the next one: images are read and decoded once.
-    """
-    from tqdm import tqdm
-
-    from analysis.measuring.measurement import Result, measuring
-    from models.data.folder import ImageFolder
-    from models.data.formats import CLASSES
-
-    device = device_of(args)
-    classes = data.classes if isinstance(data, ImageFolder) else len(CLASSES)
-    digests: dict[Any, bytes] = getattr(
-        data, "digests", {}
-    )  # of a folder's files, as they are read
-    digests.clear()  # those of the sample
-    data = data.some(args.images or len(data))
-    first, end = part_of(len(data))
-    total = (end - first) * len(networks)
-    silent = True if rank() else None  # None: where stderr is no terminal
-    with together(), ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=total, unit=" images", leave=False, disable=silent))
-        measurements = []
-        for network in networks:
-            measurements.append(
-                stack.enter_context(measuring(network.model.to(device), precision=args.precision))
-            )
-            measurements[-1].classes = classes
-        for batches in stack.enter_context(closing(make_batches(args, data, networks, first, end))):
-            for network, measurement, batch in zip(networks, measurements, batches, strict=True):
-                bar.set_description(network.label)
-                with named(network):
-                    bar.update(measurement.add(batch))
-    results = [measurement.result() for measurement in measurements]
-    parts = exchange((results, digests))
-    for _, theirs in parts:
-        digests.update(theirs)
-    merged = []
-    for network, *others in zip(networks, *(results for results, _ in parts), strict=True):
-        with named(network):
-            merged.append(reduce(Result.merge, others))
-    return merged
+    cuda = options.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if cuda else "cpu")
 
 
 def rounding_errors(
-    args: argparse.Namespace, networks: list[Network], data: Data
+    networks: Sequence[Network], images: ImageSet, options: Options
 ) -> list[dict[str, float]]:
-    """For each network the relative differences of std in bfloat16 from float32, on some images;
-    printed too.
-    """
+    """Return, and print, how far the stds in bfloat16 are from float32 on some of the images."""
     from analysis.measuring.frame import relative_difference
 
-    images = min(ERROR_IMAGES, args.images or len(data))
-    size = max(
-        1, images // (BATCHES * count_processes())
-    )  # several batches each: only the first is not folded
-    few = {
-        precision: argparse.Namespace(
-            **vars(args) | {"images": images, "batch_size": size, "precision": precision}
-        )
+    some = images.some(min(ROUNDING_IMAGES, len(images)))
+    size = max(1, len(some) // (ROUNDING_BATCHES * count_processes()))  # only the first is unfolded
+    exact, rounded = (
+        run_networks(networks, some, replace(options, batch_size=size, precision=precision))
         for precision in ("float32", "bfloat16")
-    }
-    exact, rounded = (measure_on(options, networks, data) for options in few.values())
+    )
     errors = []
     for network, ours, theirs in zip(networks, rounded, exact, strict=True):
-        relative = relative_difference(ours["std"], theirs["std"])
-        errors.append({"images": images, "mean": relative.mean(), "largest": relative.max()})
+        stds = [part.to_frame(network.label)["std"] for part in (ours, theirs)]
+        relative = relative_difference(*stds)
+        errors.append({"images": len(some), "mean": relative.mean(), "largest": relative.max()})
         print(
-            f"{network.label}: std in bfloat16 is {100 * relative.mean():.2f} % from float32 in the mean over layers, "
-            f"{100 * relative.max():.2f} % in layer {relative.argmax() + 1} ({images} images)"
+            f"{network.label}: std in bfloat16 is {100 * relative.mean():.2f} % from float32 in "
+            f"the mean over layers, {100 * relative.max():.2f} % in layer "
+            f"{relative.argmax() + 1} ({len(some)} images)"
         )
     return errors
 
 
 @contextmanager
 def named(network: Network) -> Iterator[None]:
-    """Errors of the block begin with the network's file; those of a user's network are in one line,
-    too.
-    """
+    """Put the network's file in front of errors, and any error of a user's network in one line."""
     try:
         yield
     except ValueError as error:
@@ -251,67 +332,3 @@ def named(network: Network) -> Iterator[None]:
         if network.checkpoint.config is not None or is_out_of_memory(error):
             raise
         raise ValueError(f"{network.checkpoint.path}: {does_not_run(error)}") from error
-
-
-def measure_blocks(args: argparse.Namespace, plan: Plan) -> pd.DataFrame | None:
-    """Branch and shortcut of every residual block, on some images; None where nothing runs on
-    images.
-    """
-    import pandas as pd
-
-    from analysis.measuring.batches import Parts, run
-    from analysis.measuring.blocks import recording_blocks
-    from analysis.measuring.measurement import evaluation
-
-    if plan.data is None:
-        return None
-    some = replace(plan.data.some(args.images or len(plan.data)).some(BLOCK_IMAGES), labels=None)
-    with ExitStack() as stack:
-        records = []
-        for network in plan.networks:
-            stack.enter_context(evaluation(network.model))
-            record = stack.enter_context(recording_blocks(network.model))
-            if record.blocks:
-                records.append((network, record, Parts(network.label)))
-        networks = [network for network, _, _ in records]
-        for batches in make_batches(args, some, networks, 0, len(some)) if networks else ():
-            for (network, record, parts), batch in zip(records, batches, strict=True):
-                with named(network):
-                    list(parts(batch, record.whole_pass()(partial(run, network.model))))
-    frames = []
-    for network, record, _ in records:
-        with named(network):
-            frames.append(record.to_frame(network.label))
-    return pd.concat(frames) if frames else None
-
-
-def make_batches(
-    args: argparse.Namespace, data: Data, networks: list[Network], first: int, end: int
-) -> Generator[list[Tensor | tuple[Tensor, Tensor]]]:
-    """The images from `first` to before `end`: for every network a batch (n, 3, H, W), normalised
-    as it wants them.
-
-    With labels (n,), where there are some.
-    """
-    import torch
-
-    from analysis.measuring.batches import Parts
-    from models.data.folder import ImageFolder
-    from models.resnet import SIZES
-
-    def normalise(part: Sequence[Tensor]) -> list[Tensor | tuple[Tensor, Tensor]]:
-        batches: list[Tensor | tuple[Tensor, Tensor]] = []
-        for network in networks:
-            assert (
-                network.checkpoint.preprocessing is not None
-            )  # recognised at the latest, as there are images
-            x = network.checkpoint.preprocessing(part[0])
-            batches.append((x, part[1]) if len(part) > 1 else x)
-        return batches
-
-    side = SIZES["imagenet" if isinstance(data, ImageFolder) else "cifar"]
-    size = args.batch_size or default_batch_size(side, device_of(args).type)
-    few, parts = min(first + FEW, end), Parts("images")
-    for images, labels in chain(data.batches(size, first, few), data.batches(size, few, end)):
-        arrays = [images] if labels is None else [images, labels]
-        yield from parts([torch.from_numpy(array) for array in arrays], normalise)

@@ -1,11 +1,10 @@
-"""Several processes that measure together, each its own part of the images: on one machine or more,
-by torchrun.
+"""Several processes that measure together, each its own part of the images, started by torchrun.
 
     torchrun --nproc-per-node=2 -m analysis.responses --depth 20 56 110
 
 No image is measured twice or left out (a DistributedSampler repeats some to fill the last batch).
-What the processes have measured is merged exactly, and the first of them prints and writes. Without
-torchrun there is one process, and all of this does nothing.
+The results are merged exactly, and the first process prints and writes. Without torchrun there is
+one process, and these functions do nothing.
 """
 
 from __future__ import annotations
@@ -18,28 +17,30 @@ from datetime import timedelta
 from typing import TypeVar
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=1)  # with slower processes; one that died is noticed at once
+TIMEOUT = timedelta(days=1)  # for slower processes; a process that dies is noticed at once
+TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")  # set by torchrun, all together
 
 
 def count_processes() -> int:
-    """How many there are: torchrun says so in the environment."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in os.environ else 1
+    """Return how many processes measure together."""
+    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in TORCHRUN) else 1
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """Return the number of this process, from 0."""
     return int(os.environ["RANK"]) if count_processes() > 1 else 0
 
 
 def part_of(total: int) -> tuple[int, int]:
-    """Which of `total` images are this process's: first, and one after the last."""
+    """Return which of `total` images this process measures: the first, and one past the last."""
     return rank() * total // count_processes(), (rank() + 1) * total // count_processes()
 
 
 @contextmanager
 def joined(device: str) -> Iterator[None]:
-    """Inside the block processes can exchange results, and only the first one prints. device: auto,
-    cpu or cuda.
+    """Connect the processes inside the block; only the first one prints.
+
+    device: `auto`, `cpu` or `cuda`.
     """
     if count_processes() == 1:
         yield
@@ -49,7 +50,7 @@ def joined(device: str) -> Iterator[None]:
 
     if device != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    distributed.init_process_group("gloo", timeout=PATIENCE)  # nccl wants a GPU for each process
+    distributed.init_process_group("gloo", timeout=TIMEOUT)  # nccl needs a GPU for each process
     with ExitStack() as stack:
         stack.callback(distributed.destroy_process_group)
         if rank():
@@ -61,7 +62,7 @@ def joined(device: str) -> Iterator[None]:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """If bad input ends the block in one process, it ends in all of them; the first one says why."""
+    """End all processes if bad input ends the block in one of them; the first one says why."""
     own: Exception | None = None
     try:
         yield
@@ -78,7 +79,7 @@ def together() -> Iterator[None]:
 
 
 def exchange(item: T) -> list[T]:
-    """What every process gives, in their order, known to all of them."""
+    """Return the items of all processes, in their order."""
     if count_processes() == 1:
         return [item]
     from torch import distributed
@@ -87,9 +88,8 @@ def exchange(item: T) -> list[T]:
     try:
         distributed.all_gather_object(items, item)
     except RuntimeError as error:
-        raise ValueError(
-            f"another process of this run has died, nothing was written ({error})"
-        ) from error
+        message = f"another process of this run has died, nothing was written ({error})"
+        raise ValueError(message) from error
     return items  # type: ignore[return-value]
 
 

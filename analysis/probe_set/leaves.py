@@ -1,12 +1,11 @@
-"""Images from which analysis.probe sets out: dead leaves, a model of how things hide one another in
-a picture.
+"""Dead leaves: the images from which analysis.probe starts, a model of occlusion in pictures.
 
-Things of all sizes, the small ones more frequent than the large ones, fall onto the picture until
-all of it is covered; what lies on top is seen. Such images have the edges, the flat parts and the
-scales of photographs, and show nothing (Lee, Mumford and Huang 2001, IJCV 41; Baradad et al. 2021,
-arXiv 2106.05963, trained networks on them). Each has the colours of one photograph: there are
-layers that respond to little else than a strong red, which few photographs have, or to an aeroplane
-in a blue sky: in some images a few leaves lie on nothing but one.
+Things of all sizes, small ones more often than large ones, fall onto the picture until it is
+covered, and what lies on top is seen. Such images have the edges, the flat parts and the scales of
+photographs, and show nothing (Lee, Mumford & Huang 2001, IJCV 41; Baradad et al. 2021, arXiv
+2106.05963, trained networks on them). Each has the colours of one photograph: some layers respond
+to little but a strong red, which few photographs have, or to an aeroplane in a blue sky. In some
+images a few leaves lie on a single one.
 """
 
 from __future__ import annotations
@@ -16,28 +15,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-FINER = 3  # times as many pixels a side are drawn, then averaged
-SMALLEST = (1.5, 16.0)  # pixels: the radius of an image's smallest leaves is in this range
-IN_FRONT, CENTRAL = (
-    3,
-    (3.0, 11.0),
-)  # leaves in front, at most, near the middle; their radii in pixels
-OPEN, BEHIND = (
-    1 / 6,
-    4.5,
-)  # share of images with one leaf behind those, as a sky; its radius in sides, to cover all
+FINER = 3  # images are drawn with so many times as many pixels a side, then averaged
+SMALLEST = (1.5, 16.0)  # pixels: range of the radius of an image's smallest leaves
+IN_FRONT = 3  # leaves in front, at most, near the middle
+CENTRAL = (3.0, 11.0)  # pixels: range of their radii
+OPEN = 1 / 6  # share of images with one leaf behind those, as a sky
+BEHIND = 4.5  # radius of that leaf, in sides of the image: it covers all
 MOST = 400  # leaves in an image
-REACH = (
-    1.42  # radii from a leaf's middle to its farthest point: a square's corner, and about a star's
-)
+REACH = 1.42  # radii from a leaf's middle to its farthest point, as in a square or a star
 SHADE = 0.06  # standard deviation of the slope of brightness across a leaf
 
 
 @dataclass
 class Picture:
-    """An image in the making: its colours (n, 3), pixels (H, W, 3), and which of these are covered
-    (H, W).
-    """
+    """An image in the making: colours (n, 3), pixels (H, W, 3), and which are covered (H, W)."""
 
     random: np.random.Generator
     colors: np.ndarray
@@ -45,8 +36,9 @@ class Picture:
     covered: np.ndarray
 
     def drop(self, y: float, x: float, radius: float) -> None:
-        """Let a leaf fall under those that lie there: an ellipse, a rectangle or a star, in any
-        direction.
+        """Let a leaf fall under those that lie there.
+
+        It is an ellipse, a rectangle or a star, in any direction.
         """
         random = self.random
         angle, slim = random.uniform(0, np.pi), random.uniform(0.3, 1)
@@ -82,10 +74,10 @@ class Picture:
 def dead_leaves(
     photographs: np.ndarray, count: int, seed: int, progress: Callable[[], object] = lambda: None
 ) -> np.ndarray:
-    """Images (count, H, W, 3) in float32, 1 for white (a few pixels are beyond black or white).
+    """Return images (count, H, W, 3), float32, 1 for white; a few pixels are out of range.
 
-    photographs: (N, H, W, 3), uint8. Each image takes the colours of its leaves from pixels of a
-    random one. progress is called after each.
+    photographs: (N, H, W, 3), uint8. Each image takes its colours from a random one.
+    progress: called after each image.
     """
     random = np.random.default_rng(seed)
     images = np.empty((count, *photographs.shape[1:]), np.float32)
@@ -96,7 +88,7 @@ def dead_leaves(
 
 
 def draw(random: np.random.Generator, photograph: np.ndarray) -> np.ndarray:
-    """One image, of the size and the colours of a photograph (H, W, 3)."""
+    """Return one image with the size and the colours of a photograph (H, W, 3)."""
     side = FINER * len(photograph)
     colors = photograph.reshape(-1, 3).astype(np.float32) / 255
     pixels, covered = np.full((side, side, 3), colors.mean(0)), np.zeros((side, side), bool)

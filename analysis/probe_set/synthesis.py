@@ -1,26 +1,28 @@
-"""Images made by optimisation, so that networks respond to them as they do to CIFAR-10's test set
-(analysis.probe).
+"""Images made by optimisation, so that networks respond to them as to CIFAR-10's test set.
 
     spectrum = Spectrum(test_images)
-    goals = [Goal(network, preprocessing, result), ...]  # result: of measuring the network on the test set
+    goals = [Goal(network, preprocessing, measurement), ...]  # measured on the test set
     waves = spectrum.waves(dead_leaves(test_images, count=5400, seed=0))
     synthesis = Synthesis(goals, spectrum, waves[:900], rounds=12, seed=0)
-    for loss in synthesis.go_on():  # one step a time: one network, one part of the images
+    for loss in synthesis.go_on():  # a step takes one network and one part of the images
         ...
-    many = np.concatenate([spectrum.pixels(waves), spectrum.pixels(synthesis.waves)])  # (6300, 32, 32, 3) uint8
+    many = np.concatenate([spectrum.pixels(waves), spectrum.pixels(synthesis.waves)])  # (6300, …)
     images = many[choose(goals, many, count=900, seed=0)]
 
-For every channel of every layer the mean m and variance v over the images are compared with those
-over the test set, m0 and v0: the loss is the mean over layers of mean_c((m - m0)^2 / v0 + log(v /
-v0)^2), of one network at a time, times its weight. Images are changed, and then chosen, with
-unchanged ones among them, so that they fit together: what is rare is as frequent as in the test
-set. The less they are changed, the better they suit other networks.
+For every channel of every layer, the mean m and variance v over the images are compared with m0 and
+v0 over the test set. The loss of one network is the mean over layers of
 
-What is changed are an image's waves (its Fourier transform), in units of the power that each has in
-the test set: so a step changes coarse and fine structure, grey and colours, as much as photographs
+    mean_c((m - m0)^2 / v0 + log(v / v0)^2),
+
+times the network's weight. Images are changed first and then chosen, together with unchanged ones,
+so that they fit as a set: what is rare is as frequent as in the test set. The less images are
+changed, the better they suit other networks.
+
+A step changes the waves of images (their Fourier transform), in units of the power that each wave
+has in the test set. So coarse and fine structure, grey and colours change as much as photographs
 differ in them, and no network is fooled by fine noise that photographs do not have. The statistics
-are those of all images, of which a step changes one part; what the others gave is remembered from
-their last step. Images are flipped at random, as half of the test set might be.
+are those of all images; what the images outside the current part gave is remembered from their last
+step. Images are flipped at random.
 """
 
 from __future__ import annotations
@@ -35,17 +37,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from analysis.measuring.measurement import Result
+from analysis.measuring.measurement import Measurement
 from models.data.preprocessing import Preprocessing
 
-PART = 64  # images in a step
-LEARNING_RATE = (
-    0.02  # of Adam, at first, in units of a wave's power in the test set; falls to 0 along a cosine
-)
-OUTSIDE = 100.0  # weight of the mean square of what is blacker than black or whiter than white
-FLOOR = 1e-4  # of a layer's mean variance, added to every variance: a dead channel has none
-EXCHANGES = 20  # how often each chosen image may be exchanged for another
-AMONG, TRIED = 420, 16  # of how many that one is sought, and how many of these are tried
+PART = 64  # images per step
+LEARNING_RATE = 0.02  # of Adam, in units of a wave's power; falls to 0 along a cosine
+OUTSIDE = 100.0  # weight of the mean square of values below black or above white
+FLOOR = 1e-4  # of a layer's mean variance, added to every variance for dead channels
+EXCHANGES = 20  # tries to exchange each chosen image for another
+AMONG, TRIED = 420, 16  # candidates for an exchange, and how many of these are tried
 
 
 class Spectrum:
@@ -61,8 +61,9 @@ class Spectrum:
         self.root = roots(torch.fft.rfft2(x.sub_(self.mean), norm="ortho"))
 
     def render(self, waves: Tensor) -> Tensor:
-        """The images (n, 3, H, W), 1 for white, of waves (n, 3, H, W // 2 + 1, 2), of which 1 is
-        the usual power.
+        """Return the images (n, 3, H, W), 1 for white, of waves (n, 3, H, W // 2 + 1, 2).
+
+        A wave of 1 has its usual power.
         """
         mean, root = self.mean.to(waves.device), self.root.to(waves.device)
         coloured = torch.einsum("hwcd,ndhw->nchw", root, torch.view_as_complex(waves))
@@ -70,13 +71,14 @@ class Spectrum:
 
     @torch.no_grad()
     def pixels(self, waves: Tensor) -> np.ndarray:
-        """The same in whole numbers: (n, H, W, 3) uint8."""
+        """Return the images of waves as (n, H, W, 3), uint8."""
         images = (self.render(waves).clamp(0, 1) * 255).round().to(torch.uint8)
         return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
     def waves(self, images: np.ndarray) -> Tensor:
-        """Waves (n, 3, H, W // 2 + 1, 2) of images (n, H, W, 3), each scaled to its usual power
-        over all of them.
+        """Return the waves (n, 3, H, W // 2 + 1, 2) of images (n, H, W, 3).
+
+        Each wave is scaled to its usual power over all images.
         """
         x = torch.from_numpy(images).permute(0, 3, 1, 2).float()
         waves = torch.fft.rfft2(x - x.mean(0), norm="ortho")
@@ -86,17 +88,16 @@ class Spectrum:
 
 
 def roots(waves: Tensor) -> Tensor:
-    """Cholesky factors (H, W, 3, 3) of the covariances of the colours of waves (n, 3, H, W),
-    complex.
+    """Return Cholesky factors of the colours' covariances: (H, W, 3, 3).
+
+    waves: (n, 3, H, W), complex.
     """
     covariance = torch.einsum("nchw,ndhw->hwcd", waves, waves.conj()) / len(waves)
     return torch.linalg.cholesky(covariance + 1e-9 * torch.eye(3))  # type: ignore[no-any-return]
 
 
 class Statistics(NamedTuple):
-    """Those of the responses that images shall have: (channels,), of all layers one after the
-    other.
-    """
+    """The wanted statistics of the responses: (channels,), all layers one after the other."""
 
     means: Tensor
     variances: Tensor
@@ -104,9 +105,7 @@ class Statistics(NamedTuple):
     weights: Tensor
 
     def distance(self, means: Tensor, squares: Tensor) -> Tensor:
-        """How far off images are over which channels have these means, and of squares: (...,
-        channels).
-        """
+        """Return how far means, and means of squares, (..., channels), are from the wanted ones."""
         wanted = self.variances + self.floor
         ratio = ((squares - means.square()).clamp_min(0) + self.floor) / wanted
         return (self.weights * ((means - self.means).square() / wanted + ratio.log().square())).sum(
@@ -115,12 +114,16 @@ class Statistics(NamedTuple):
 
 
 class Goal:
-    """A network, and the statistics of its responses to the test set."""
+    """A network and the statistics of its responses to the test set."""
 
     def __init__(
-        self, model: nn.Module, preprocessing: Preprocessing, result: Result, weight: float = 1.0
+        self,
+        model: nn.Module,
+        preprocessing: Preprocessing,
+        result: Measurement,
+        weight: float = 1.0,
     ) -> None:
-        """weight: of this network's distance, beside the other networks'."""
+        """weight: of this network's distance relative to the other networks'."""
         device = next(model.parameters()).device
         self.normalise = preprocessing
         moments = [layer.moments for layer in result.layers]
@@ -140,8 +143,9 @@ class Goal:
         ] = {}  # sums over each part of the images, when it was last seen
 
     def respond(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """For images (n, 3, H, W), 1 for white: each channel's means over the pixels, and of
-        squares, (n, channels).
+        """Return each channel's means over the pixels, and those of squares: (n, channels) each.
+
+        images: (n, 3, H, W), 1 for white.
         """
         self.responses.clear()
         self.model(self.normalise.scaled(images).contiguous(memory_format=torch.channels_last))
@@ -150,8 +154,9 @@ class Goal:
         return torch.cat(means, 1), torch.cat(squares, 1)
 
     def loss(self, part: int, images: Tensor, count: int) -> Tensor:
-        """How far `count` images are from the goal, of which one part is given: (n, 3, H, W), 1 for
-        white.
+        """Return how far `count` images are from the goal.
+
+        images: the given part of them, (n, 3, H, W), 1 for white; the other parts are remembered.
         """
         sums = [values.sum(0) for values in self.respond(images)]
         self.known[part] = [values.detach() for values in sums]
@@ -163,8 +168,9 @@ class Goal:
 
 
 def fused(model: nn.Module, pairs: list[tuple[str, str]], responses: list[Tensor]) -> nn.Module:
-    """A copy of a network in evaluation mode with each BN folded into its convolution, which
-    appends its output.
+    """Return a copy of a network in evaluation mode with each BN folded into its convolution.
+
+    Each folded convolution appends its output to `responses`.
     """
     twin: Any = copy.deepcopy(model).eval().requires_grad_(False)
     for conv, norm in pairs:
@@ -179,12 +185,12 @@ def fused(model: nn.Module, pairs: list[tuple[str, str]], responses: list[Tensor
 
 @torch.no_grad()
 def choose(goals: list[Goal], images: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Of images (N, H, W, 3), uint8, `count` that are together as near to the goals as exchanging
-    brings them.
+    """Return the numbers (count,) of images that together are as near to the goals as possible.
 
-    Returns their numbers, (count,). One of those that are chosen is taken away; of some others,
-    those are tried along which the distance would fall most steeply; and the best takes its place
-    where that brings all nearer.
+    images: (N, H, W, 3), uint8.
+
+    One of the chosen images is taken away. The images along which the distance would fall most
+    steeply are tried, and the best one takes its place if that brings the whole set nearer.
     """
     wanted = Statistics(
         *(torch.cat(values) for values in zip(*(goal.statistics for goal in goals), strict=True))
@@ -232,12 +238,12 @@ def choose(goals: list[Goal], images: np.ndarray, count: int, seed: int) -> np.n
 
 
 class Synthesis:
-    """Images in the making. Every round takes each network to each part of the images once."""
+    """Images in the making. In every round each network sees each part of the images once."""
 
     def __init__(
         self, goals: list[Goal], spectrum: Spectrum, waves: Tensor, rounds: int, seed: int
     ) -> None:
-        """waves: of the images to set out from, (n, 3, H, W // 2 + 1, 2), see `Spectrum`."""
+        """waves: of the first images, (n, 3, H, W // 2 + 1, 2), see `Spectrum`."""
         device = goals[0].statistics.means.device
         self.goals, self.spectrum, self.seed = goals, spectrum, seed
         self.parts = [part.clone().to(device).requires_grad_() for part in torch.split(waves, PART)]
@@ -246,7 +252,7 @@ class Synthesis:
         self.count = len(waves)
 
     def go_on(self) -> Iterator[float]:
-        """Take the steps that are left; the loss of each."""
+        """Take the remaining steps, and yield the loss of each."""
         if self.step == 0:
             self.look()
         while self.step < self.steps:
@@ -264,27 +270,25 @@ class Synthesis:
             yield loss.item()
 
     def flip(self, images: Tensor) -> Tensor:
-        """Every other image at random mirrored: the same ones in the same step of the same seed."""
+        """Mirror about half of the images: the same ones for the same step and seed."""
         generator = torch.Generator().manual_seed(self.seed * self.steps + self.step)
         chosen = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
         return torch.where(chosen.to(images.device), images.flip(-1), images)
 
     @torch.no_grad()
     def look(self) -> None:
-        """Let every network see every part once, so that no statistics are those of some parts
-        alone.
-        """
+        """Let every network see every part once, so that statistics are of all images."""
         for goal in self.goals:
             for part, waves in enumerate(self.parts):
                 goal.loss(part, self.spectrum.render(waves).clamp(0, 1), self.count)
 
     @property
     def waves(self) -> Tensor:
-        """Those of the images as they are now, see `Spectrum`."""
+        """The waves of the images as they are now."""
         return torch.cat([part.detach().cpu() for part in self.parts])
 
     def state(self) -> dict[str, Any]:
-        """All that goes on from here, as tensors and numbers."""
+        """Return all that is needed to continue, as tensors and numbers."""
         known = [goal.known for goal in self.goals]
         return {
             "step": self.step,
@@ -294,7 +298,7 @@ class Synthesis:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Continue from a state."""
         self.step = state["step"]
         with torch.no_grad():
             for part, kept in zip(self.parts, state["parts"], strict=True):
@@ -305,5 +309,5 @@ class Synthesis:
 
 
 def unusual(waves: Tensor) -> Tensor:
-    """How far the mean power of each wave is from the test set's: the mean square of its logarithm."""
+    """Return the mean square of log(mean power of each wave / its power in the test set)."""
     return torch.view_as_complex(waves).abs().square().mean(0).log().square().mean()

@@ -1,7 +1,8 @@
+import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.paper import CLAIM_COLUMNS, against_paper, curves, judge, verdict_of
+from analysis.paper import COLUMNS, Subject, against_paper, judge, paper_curves, verdict_of
 
 
 def frame(**networks):
@@ -22,8 +23,8 @@ def frame(**networks):
     return pd.DataFrame(rows)
 
 
-def test_the_papers_curves():
-    paper = curves()
+def test_the_papers_paper_curves():
+    paper = paper_curves()
     assert list(paper.columns) == ["network", "kind", "depth", "layer", "std"]
     layers = paper.groupby("network", sort=False)["layer"].agg(["min", "max", "count"])
     assert layers.index.tolist() == ["plain-20", "plain-56", "resnet-20", "resnet-56", "resnet-110"]
@@ -42,11 +43,11 @@ def test_the_papers_curves_are_those_of_the_shared_file():
     from tests.conftest import SHARED, existing
 
     shared = pd.read_csv(existing(SHARED / "paper" / "fig7.csv"))
-    pd.testing.assert_frame_equal(curves()[["network", "layer", "std"]], shared)
+    pd.testing.assert_frame_equal(paper_curves()[["network", "layer", "std"]], shared)
 
 
 def test_the_paper_against_itself_and_scaled():
-    paper = curves()
+    paper = paper_curves()
     assert against_paper(paper)["ratio"].tolist() == [1.0] * 5
     scaled = paper.assign(std=paper["std"] * 0.5)
     result = against_paper(scaled)
@@ -67,8 +68,19 @@ def test_constant_curves_have_a_ratio_and_no_correlation():
     assert row["ratio"] == pytest.approx(1 / 1.622, rel=1e-3)
 
 
+def subject(label, stds, **facts):
+    """A network called kind_depth with these stds."""
+    kind, depth = label.split("_")
+    facts = {"widths": frozenset({16}), **facts}
+    return Subject(label.replace("_", "-"), kind, int(depth), std=np.array(stds, float), **facts)
+
+
+def subjects(**networks):
+    return [subject(label, stds) for label, stds in networks.items()]
+
+
 def verdicts(claims):
-    """Of each statement, in the order of its numbers."""
+    """Of each claim, in the order of its numbers."""
     return [numbers["verdict"].tolist() for _, numbers in claims.groupby("claim")]
 
 
@@ -76,8 +88,11 @@ YES, NO, OPEN = ["holds"], ["does not hold"], ["cannot be judged here"]
 
 
 def test_the_papers_claims_hold_in_the_paper():
-    below, deeper, less = verdicts(judge(curves()))
-    assert (below, deeper, less) == (YES * 4, YES * 3, OPEN)
+    networks = [
+        subject(f"{kind}_{depth}", layers["std"])
+        for (kind, depth), layers in paper_curves().groupby(["kind", "depth"])
+    ]
+    assert verdicts(judge(networks)) == [YES * 4, YES * 3, OPEN]
 
 
 @pytest.mark.parametrize(
@@ -86,16 +101,8 @@ def test_the_papers_claims_hold_in_the_paper():
         ({"residual_20": [1], "plain_20": [2]}, YES * 2, OPEN),
         ({"residual_20": [2], "plain_20": [1]}, NO * 2, OPEN),
         ({"residual_20": [2], "plain_20": [2]}, NO * 2, OPEN),
-        (
-            {"residual_20": [1, 1, 4], "plain_20": [2, 2, 1]},
-            NO + YES,
-            OPEN,
-        ),  # mean above, two of three layers below
-        (
-            {"residual_20": [1, 5, 1, 5], "plain_20": [9, 4, 9, 4]},
-            YES + NO,
-            OPEN,
-        ),  # half of the layers is not most
+        ({"residual_20": [1, 1, 4], "plain_20": [2, 2, 1]}, NO + YES, OPEN),
+        ({"residual_20": [1, 5, 1, 5], "plain_20": [9, 4, 9, 4]}, YES + NO, OPEN),
         ({"residual_20": [2], "plain_56": [3]}, OPEN, OPEN),
         ({"residual_20": [2], "residual_56": [1]}, OPEN, YES),
         ({"residual_20": [2], "residual_56": [1], "residual_110": [1.5]}, OPEN, YES * 2 + NO),
@@ -103,38 +110,48 @@ def test_the_papers_claims_hold_in_the_paper():
     ],
 )
 def test_verdicts(networks, below, deeper):
-    assert verdicts(judge(frame(**networks)))[:2] == [below, deeper]
+    assert verdicts(judge(subjects(**networks)))[:2] == [below, deeper]
 
 
 def test_networks_for_other_images_are_not_compared():
-    """resnet-34 is for ImageNet, resnet-20 and resnet-56 for CIFAR-10, and there may be a resnet-50
-    for either.
-    """
-    networks = frame(
-        residual_20=[1.0] * 3, residual_34=[2.0] * 4, residual_56=[3.0] * 3, plain_34=[1.0] * 3
-    )
-    cifar = networks["depth"].isin([20, 56]) | (networks["kind"] == "plain")
-    widths = networks["layer"].map({1: 16, 2: 32, 3: 64}).where(cifar, 2 ** (networks["layer"] + 5))
-    below, deeper, _ = (
-        found for _, found in judge(networks.assign(channels=widths)).groupby("claim")
-    )
-    assert below["verdict"].tolist() == OPEN
-    assert deeper["networks"].tolist() == ["residual-56, residual-20"]
+    """resnet-34 is for ImageNet, resnet-20 and resnet-56 are for CIFAR-10."""
+    large = {"widths": frozenset({64, 128})}
+    networks = subjects(residual_20=[1], residual_56=[3], plain_34=[1])
+    networks.append(subject("residual_34", [2], **large))
+    claims = judge(networks)
+    assert verdicts(claims)[0] == OPEN
+    assert claims["networks"].tolist()[1:2] == ["residual-56, residual-20"]
 
 
-def test_networks_of_other_lengths_of_training_are_marked():
-    networks = frame(residual_20=[2.0], residual_56=[1.0], plain_20=[3.0])
-    lengths = {"residual-20": 64_000, "residual-56": 4_000, "plain-20": 64_000}
-    for known, expected in (
-        (lengths, [False] * 2 + [True]),
-        (lengths | {"residual-56": None}, [False] * 3),
-    ):
-        claims = judge(networks, iterations=known).dropna(subset="value")
-        assert (
-            claims["sentence"].str.endswith("; after 4,000 and 64,000 iterations").tolist()
-            == expected
-        )
-        assert (claims["verdict"] == "cannot be judged here").tolist() == expected
+def test_networks_trained_for_other_numbers_of_iterations_get_no_verdict():
+    networks = [subject("residual_20", [2], iterations=64_000), subject("plain_20", [3])]
+    networks.append(subject("residual_56", [1], iterations=4_000))
+    [row] = judge(networks)[lambda claims: claims["claim"] == 2].to_dict("records")
+    assert row["verdict"] == "cannot be judged here"
+    assert row["sentence"].endswith("; after 4,000 and 64,000 iterations")
+    assert verdicts(judge(networks))[0] == YES * 2  # plain-20's is not known
+
+
+@pytest.mark.parametrize(("images", "expected"), [(199, OPEN), (200, YES), (None, YES)])
+def test_fewer_than_200_images_get_no_verdict(images, expected):
+    networks = [subject("residual_20", [2], images=images), subject("residual_56", [1])]
+    [row] = judge(networks)[lambda claims: claims["claim"] == 2].to_dict("records")
+    assert [row["verdict"]] == expected
+    assert row["sentence"].endswith("; on 199 images, fewer than 200") == (images == 199)
+
+
+@pytest.mark.parametrize(("spread", "expected"), [(0.005, YES), (0.05, OPEN)])
+def test_a_difference_within_twice_its_sampling_error_gets_no_verdict(spread, expected):
+    """The groups of images are common to both networks, so what they share does not count."""
+    common = np.linspace(-9, 9, 20)[:, None]
+    own = spread * np.resize([1, -1], 20)[:, None]
+    networks = [
+        subject("residual_20", [2.0], images=1000, std_without=2.0 + common),
+        subject("residual_56", [1.8], images=1000, std_without=1.8 + common + own),
+    ]
+    [row] = judge(networks)[lambda claims: claims["claim"] == 2].to_dict("records")
+    assert row["error"] == pytest.approx(spread * 19**0.5)
+    assert [row["verdict"]] == expected
 
 
 @pytest.mark.parametrize(
@@ -153,72 +170,48 @@ def test_what_cannot_be_judged_does_not_count(verdicts, together):
 
 
 def test_equal_means_are_neither_more_nor_less():
-    claims = judge(frame(residual_20=[1.0, 3.0], plain_20=[2.0, 2.0]))
-    assert (
-        claims["sentence"][0] == "residual-20 has a mean std of 2.000, as much as plain-20 (2.000)"
-    )
+    claims = judge(subjects(residual_20=[1, 3], plain_20=[2, 2]))
+    words = "residual-20 has a mean std of 2.000, as much as plain-20 (2.000)"
+    assert claims["sentence"][0] == words
 
 
 def test_the_numbers_of_the_first_two_claims():
-    claims = judge(frame(residual_56=[1.0, 3.0], plain_56=[1.5, 2.0], residual_20=[4.0, 4.0]))
-    assert list(claims.columns) == list(CLAIM_COLUMNS)
-    found = (
-        claims[["claim", "networks", "measure", "value", "expected", "sentence"]]
-        .iloc[:3]
-        .to_numpy()
-        .tolist()
-    )
-    assert found == [
-        [
-            1,
-            "residual-56, plain-56",
-            "difference of mean std",
-            0.25,
-            "< 0",
-            "residual-56 has a mean std of 2.000, 14.3 % more than plain-56 (1.750)",
-        ],
-        [
-            1,
-            "residual-56, plain-56",
-            "share of layers below",
-            0.5,
-            "> 0.5",
-            "residual-56 is below plain-56 in 1 of 2 layers",
-        ],
-        [
-            2,
-            "residual-56, residual-20",
-            "difference of mean std",
-            -2.0,
-            "< 0",
-            "residual-56 has a mean std of 2.000, 50.0 % less than residual-20 (4.000)",
-        ],
+    claims = judge(subjects(residual_56=[1, 3], plain_56=[1.5, 2], residual_20=[4, 4]))
+    assert list(claims.columns) == list(COLUMNS)
+    found = claims[["claim", "networks", "measure", "value", "expected", "sentence"]]
+    means, share = "difference of mean std", "share of layers below"
+    pair, names = "residual-56, plain-56", "residual-56, residual-20"
+    words = [
+        "residual-56 has a mean std of 2.000, 14.3 % more than plain-56 (1.750)",
+        "residual-56 is below plain-56 in 1 of 2 layers",
+        "residual-56 has a mean std of 2.000, 50.0 % less than residual-20 (4.000)",
+    ]
+    assert found.iloc[:3].to_numpy().tolist() == [
+        [1, pair, means, 0.25, "< 0", words[0]],
+        [1, pair, share, 0.5, "> 0.5", words[1]],
+        [2, names, means, -2.0, "< 0", words[2]],
     ]
 
 
-def test_the_third_claim_is_about_blocks():
-    networks = frame(residual_8=[1.0], residual_14=[1.0], plain_8=[1.0])
-    ratios = {"residual-8": [0.2, 0.9, 0.4], "residual-14": [0.1, 0.3, 0.5, 0.3, 0.3, 9.0]}
-    blocks = pd.DataFrame(
-        [{"network": name, "ratio": ratio} for name, values in ratios.items() for ratio in values]
-    )
-    [row] = judge(networks, blocks)[lambda claims: claims["claim"] == 3].to_dict("records")
+def test_the_third_claim_is_about_additions():
+    ratios = {"residual_8": [0.2, 0.9, 0.4], "residual_14": [0.1, 0.3, 0.5, 0.3, 0.3, 9.0]}
+    networks = [subject(label, [1], ratio=np.array(ratio)) for label, ratio in ratios.items()]
+    [row] = judge(networks)[lambda claims: claims["claim"] == 3].to_dict("records")
     assert row["value"] == pytest.approx(-0.1)
     assert (row["verdict"], row["networks"]) == ("holds", "residual-14, residual-8")
     assert row["sentence"] == (
-        "a block's branch has 0.300 times the std of its shortcut in residual-14, 0.400 times in residual-8 "
-        "(medians over blocks)"
+        "a block's branch has 0.300 times the std of its shortcut in residual-14, 0.400 times in "
+        "residual-8 (medians over blocks)"
     )
-    reverse = blocks.assign(ratio=1 / blocks["ratio"])
-    assert verdicts(judge(networks, reverse))[2] == NO
-    assert verdicts(judge(networks, blocks.iloc[:0]))[2] == OPEN
+    networks = [subject(label, [1], ratio=1 / np.array(ratio)) for label, ratio in ratios.items()]
+    assert verdicts(judge(networks))[2] == NO
 
 
 def test_what_cannot_be_judged_says_why():
-    claims = judge(frame(residual_20=[1.0]))
+    claims = judge(subjects(residual_20=[1]))
     assert claims["sentence"].tolist() == [
         "no residual and plain network of one depth",
         "no two residual networks of different depth",
-        "no two residual networks of different depth whose blocks ran on images",
+        "no two residual networks of different depth whose additions were measured on images",
     ]
     assert claims["value"].isna().all()

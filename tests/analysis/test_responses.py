@@ -2,356 +2,254 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
+from collections import Counter
 from contextlib import suppress
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
 
 import analysis
 from analysis.cli.items import split_label
 from analysis.measuring.frame import COLUMNS
-from analysis.responses import main
 from models import build, closed_form, zoo
 from models.checkpoints import loading
 from models.data import cifar10, probe
-from models.data.formats import CLASSES
 from models.data.preprocessing import PRESETS
-from tests.conftest import ROOT
-from tests.models.checkpoints.test_recognition import blobs, record
-from tests.test_project import COMMANDS, README
+from tests.helpers import (
+    README,
+    ROOT,
+    SETUP,
+    files_in,
+    fitting,
+    read_table,
+    readme_command,
+    run,
+    save,
+    succeed,
+    watching,
+)
+
+SVG = "--format svg"
+WRITTEN = ["claims.csv", "decomposition.svg", "fig7.svg", "responses.csv", "responses.json"]
 
 
-@pytest.fixture(scope="session")
-def images(tmp_path_factory):
-    """A folder of forty images in class folders."""
-    folder = tmp_path_factory.mktemp("images")
-    for i, image in enumerate(blobs(40, seed=0)):
-        (folder / CLASSES[i % 10]).mkdir(exist_ok=True)
-        Image.fromarray(image).save(folder / CLASSES[i % 10] / f"{i}.png")
-    return folder
+def frame_in(out):
+    return read_table(out / "responses.csv")
 
 
-@pytest.fixture(scope="session")
-def files(tmp_path_factory):
-    """Checkpoints of small networks by name, with BN statistics that fit the images, and with
-    cards.
-    """
-    folder = tmp_path_factory.mktemp("checkpoints")
-    x = PRESETS["imagenet"](blobs(40, seed=0))
-    paths = {}
-    for name in ("resnet-8", "plain-8", "resnet-14"):
-        torch.manual_seed(1)
-        paths[name] = folder / f"{name}.safetensors"
-        network = record(build(name), x)
-        loading.save(
-            paths[name], network, PRESETS["imagenet"], crop_padding="none", training={"seed": 1}
-        )
-    return paths
+def drawn(out):
+    return frame_in(out)["network"].drop_duplicates().tolist()
 
 
-def run(*words):
-    """The exit status of the command, whether argparse or main ends it."""
-    try:
-        return main([str(word) for word in words])
-    except SystemExit as end:
-        return end.code
+def provenance(out):
+    return json.loads((out / "responses.json").read_text())
 
 
-def shown_in_readme(printed, out):
-    return f"```text\n{printed.strip()}\n```".replace(str(out), "figures") in README
+# On real input
 
 
-def words_of(command):
-    return command.split("-m analysis.responses ")[1].split()
-
-
-def test_the_main_job_on_real_input(shared_cifar10, tmp_path, capsys):
-    """The README's first command, on some images: what it says before it measures stands in the
-    README.
-    """
-    assert (
-        run(*words_of(COMMANDS[0]), "--data", shared_cifar10, "--images", 256, "--out", tmp_path)
-        == 0
-    )
-    printed = capsys.readouterr().out
-    before = printed.partition("\n\n")[0].splitlines()[1:]
-    assert len(before) == 10  # network and preprocessing of each
-    assert "\n".join(before) in README
-    frame = pd.read_csv(tmp_path / "responses.csv")
-    assert list(frame.columns) == list(COLUMNS)
+@pytest.mark.slow
+@pytest.mark.real
+def test_the_readmes_first_command(shared_cifar10, out):
+    """Five networks on some real images. The README shows the lines on networks and preprocessing."""
+    line = SETUP[0].split("-m analysis.")[1]
+    printed = succeed(f"{line} --data {shared_cifar10} --images 64 --out {out} {SVG}").out
+    said = printed.partition("\n\n")[0].splitlines()[1:]
+    assert len(said) == 10
+    assert "\n".join(said) in README
     layers = {"plain-20": 19, "plain-56": 55, "resnet-20": 19, "resnet-56": 55, "resnet-110": 109}
-    assert frame.groupby("network", sort=False).size().to_dict() == layers
-    claims = pd.read_csv(tmp_path / "claims.csv")
+    assert frame_in(out).groupby("network", sort=False).size().to_dict() == layers
+    claims = read_table(out / "claims.csv")
     assert claims.groupby("claim").size().tolist() == [4, 3, 3]
     unequal = claims["sentence"].str.contains("; after ")
     assert set(claims["verdict"][~unequal]) <= {"holds", "does not hold"}
-    assert set(claims["verdict"][unequal]) <= {"cannot be judged here"}
+    assert set(claims["verdict"][unequal]) == {"cannot be judged here"}
     assert all(sentence in printed for sentence in claims["sentence"])
-    blocks = claims[claims["claim"] == 3]["networks"].tolist()
-    assert blocks == ["resnet-56, resnet-20", "resnet-110, resnet-20", "resnet-110, resnet-56"]
 
 
-def test_a_wrong_place_in_the_environment_is_an_error(tmp_path, monkeypatch, capsys):
-    """As a wrong --data is: no stand-in for what was named."""
-    monkeypatch.setenv("CIFAR10", str(tmp_path / "typo"))
-    assert run("--depth", 20, "--out", tmp_path / "out") == 2
-    assert capsys.readouterr().err.startswith(
-        f"error: $CIFAR10: {tmp_path / 'typo'}: no such file or folder; "
-    )
-
-
-def test_the_stand_in_is_used_as_a_whole(tmp_path, capsys):
-    assert (
-        run(
-            "--depth",
-            20,
-            "--kind",
-            "residual",
-            "--images",
-            100,
-            "--out",
-            tmp_path,
-            "--format",
-            "svg",
-        )
-        == 0
-    )
-    [line] = capsys.readouterr().err.splitlines()
-    assert (
-        ". The probe set stands for them, all of it whatever --images says (--data cifar10 asks for"
-        in line
-    )
-    assert set(pd.read_csv(tmp_path / "responses.csv")["images"]) == {len(probe.load())}
-
-
-def test_the_main_job_without_any_data(tmp_path, capsys):
-    """Hooks measure the shipped networks on the probe set; the command, the figures and the
-    provenance say so.
-    """
-    assert run(*words_of(COMMANDS[0]), "--out", tmp_path, "--format", "svg") == 0
-    shown = capsys.readouterr()
-    [line] = shown.err.splitlines()
-    assert line.startswith("no CIFAR-10 test images found: tried $CIFAR10 (not set), data, ")
-    assert line.endswith(". The probe set stands for them (--data cifar10 asks for no stand-in)")
-    note = probe.load().note
-    assert probe.load().describe() in shown.out.splitlines()
-    assert drawn(tmp_path) == ["plain-20", "plain-56", "resnet-20", "resnet-56", "resnet-110"]
-    for figure in ("fig7", "decomposition"):
-        assert all(part in (tmp_path / f"{figure}.svg").read_text() for part in note.splitlines())
-    frame = pd.read_csv(tmp_path / "responses.csv")
-    assert set(frame["source"]) == {"hooks"}
-    assert set(frame["images"]) == {len(probe.load())}
-    entries = json.loads((tmp_path / "responses.json").read_text())
-    assert entries["resnet-110"]["data"]["layout"] == "probe set"
-    assert entries["resnet-110"]["data"]["note"] == note
-    assert entries["resnet-110"]["accuracy"] is None
-    assert (
-        "an individual layer of a ResNet modifies the signal less when there are more: holds"
-        in shown.out
-    )
-
-
-def test_two_public_checkpoints_on_real_input(
-    akamaster, shared_cifar10, tmp_path, capsys, monkeypatch
-):
-    """The README's second command, whose output stands in the README."""
+@pytest.mark.slow
+@pytest.mark.real
+def test_two_public_checkpoints(akamaster, shared_cifar10, out, monkeypatch):
+    """The README shows the command and all of its output."""
     monkeypatch.chdir(ROOT)
-    out = tmp_path / "out"
-    [command] = re.findall(
-        r"^python -m analysis.responses --checkpoint resnet-20=.*$", README, re.MULTILINE
-    )
-    assert run(*words_of(command), "--out", out) == 0
-    assert shown_in_readme(capsys.readouterr().out, out)
-    frame = pd.read_csv(out / "responses.csv")
-    measured, formula = (
-        frame[frame["source"] == source].reset_index() for source in ("hooks", "batchnorm")
-    )
-    assert measured.groupby("network").size().to_dict() == {"resnet-20": 19, "resnet-56": 55}
-    means = measured.groupby("network")["std"].mean()
-    assert means["resnet-20"] == pytest.approx(0.7324, abs=5e-5)
-    assert means["resnet-56"] == pytest.approx(0.4539, abs=5e-5)
-    difference = (formula["std"] / measured["std"] - 1).abs().groupby(measured["network"])
-    assert difference.mean().tolist() == pytest.approx([0.045, 0.050], abs=5e-4)  # see README
-    assert difference.max()["resnet-56"] == pytest.approx(0.30, abs=5e-3)
-    entries = json.loads((out / "responses.json").read_text())
-    for name, accuracy in (("resnet-20", 0.9173), ("resnet-56", 0.9339)):
-        assert entries[name]["accuracy"] == pytest.approx(accuracy)
-        assert entries[name]["preprocessing"]["name"] == "imagenet"
-        assert entries[name]["preprocessing"]["crop_padding"] == "black"
-        assert entries[name]["network"]["kind_known"].startswith("recognised, misfit 0.0")
-        assert entries[name]["data"]["exact"] is True
-        assert entries[name]["warnings"] == []
-    images = ["decomposition.pdf", "decomposition.png", "fig7.pdf", "fig7.png"]
-    assert sorted(path.name for path in out.iterdir()) == [
-        "claims.csv",
-        *images,
-        "responses.csv",
-        "responses.json",
-    ]
+    printed = succeed(f"{readme_command('responses --checkpoint')} --out {out}").out
+    assert f"```text\n{printed.strip()}\n```".replace(str(out), "figures") in README
+    frame = frame_in(out)
+    parts = [frame[frame["source"] == source].reset_index() for source in ("hooks", "batchnorm")]
+    means = parts[0].groupby("network")["std"].mean()
+    assert means.tolist() == pytest.approx([0.7324, 0.4539], abs=5e-5)
+    difference = (parts[1]["std"] / parts[0]["std"] - 1).abs().groupby(parts[0]["network"])
+    assert difference.mean().tolist() == pytest.approx([0.045, 0.050], abs=5e-4)
+    entries = provenance(out)
+    assert [entry["accuracy"] for entry in entries.values()] == pytest.approx([0.9173, 0.9339])
+    for entry in entries.values():
+        assert entry["preprocessing"]["name"] == "imagenet"
+        assert entry["preprocessing"]["crop_padding"] == "black"
+        assert entry["network"]["kind_known"].startswith("recognised, misfit 0.0")
+        assert entry["data"]["exact"] is True
+        assert entry["warnings"] == []
 
 
-def test_the_closed_form_of_the_real_checkpoints(akamaster, tmp_path):
-    named = [f"resnet-{depth}={path}" for depth, path in akamaster.items()]
-    assert run("--checkpoint", *named, "--source", "batchnorm", "--out", tmp_path) == 0
-    means = pd.read_csv(tmp_path / "responses.csv").groupby("network")["std"].mean()
+@pytest.mark.real
+def test_the_closed_form_of_the_real_checkpoints(akamaster, out):
+    named = " ".join(f"resnet-{depth}={path}" for depth, path in akamaster.items())
+    succeed(f"responses --checkpoint {named} --source batchnorm --out {out} {SVG}")
+    means = frame_in(out).groupby("network")["std"].mean()
     assert means.tolist() == pytest.approx([0.7318, 0.4536], abs=5e-5)
 
 
-def test_what_is_written_and_printed(files, images, tmp_path, capsys):
-    assert (
-        run(
-            "--checkpoint",
-            *files.values(),
-            "--data",
-            images,
-            "--out",
-            tmp_path / "out",
-            "--format",
-            "svg",
-        )
-        == 0
-    )
-    printed = capsys.readouterr().out
-    frame = pd.read_csv(tmp_path / "out" / "responses.csv")
-    assert frame["network"].drop_duplicates().tolist() == ["resnet-8", "plain-8", "resnet-14"]
+# The probe set, if there is no CIFAR-10
+
+
+@pytest.mark.slow
+def test_the_probe_set_stands_for_cifar10(out):
+    """The terminal, the figures and the provenance say so, and --images does not cut it."""
+    shown = succeed(f"responses --depth 20 --images 100 --out {out} {SVG}")
+    [line] = shown.err.splitlines()
+    assert line.startswith("no CIFAR-10 test images found: tried $CIFAR10 (not set), data, ")
+    assert ". The probe set stands for them, all of it whatever --images says" in line
+    data = probe.load()
+    assert data.describe() in shown.out.splitlines()
+    assert drawn(out) == ["plain-20", "resnet-20"]
+    for figure in ("fig7", "decomposition"):
+        text = (out / f"{figure}.svg").read_text()
+        assert all(part in text for part in data.note.splitlines())
+    frame = frame_in(out)
+    assert set(frame["source"]) == {"hooks"}
+    assert set(frame["images"]) == {len(data)}
+    entry = provenance(out)["resnet-20"]
+    assert entry["data"]["layout"] == "probe set"
+    assert entry["data"]["note"] == data.note
+    assert entry["accuracy"] is None
+
+
+def test_the_probe_set_by_name(files, tmp_path):
+    """A folder of that name does not hide it. The closed form needs no images, whatever stands for them."""
+    line = f"responses --checkpoint {files['resnet-8']} --data probe {SVG}"
+    assert "measured on the probe set" in succeed(f"{line} --out probe").out
+    assert set(frame_in(tmp_path / "probe")["images"]) == {len(probe.load())}
+    assert "measured on the probe set" in succeed(f"{line} --out probe").out
+    succeed(f"{line} --source batchnorm --out formula")
+    assert "probe" not in (tmp_path / "formula" / "fig7.svg").read_text()
+
+
+def test_a_wrong_place_in_the_environment_is_an_error(tmp_path, monkeypatch, out):
+    """As a wrong --data is: nothing stands in for what was named."""
+    monkeypatch.setenv("CIFAR10", str(tmp_path / "typo"))
+    error = run(f"responses --depth 20 --out {out}").error
+    assert error.startswith(f"error: $CIFAR10: {tmp_path / 'typo'}: no such file or folder; ")
+
+
+def test_the_closed_form_is_the_fallback_for_training_images(files, out):
+    """There is no stand-in for them."""
+    line = f"responses --checkpoint {files['resnet-8']} --split train --out {out} {SVG}"
+    shown = succeed(line).err.splitlines()
+    assert shown[0].startswith("no CIFAR-10 train images found: tried $CIFAR10 (not set), data, ")
+    assert shown[1:] == [
+        "no images: the closed form from BN's tensors instead (--source batchnorm)"
+    ]
+    assert set(frame_in(out)["source"]) == {"batchnorm"}
+    assert "error: no CIFAR-10 train images found" in run(f"{line} --source hooks").error
+
+
+# What is measured, printed and written
+
+
+def test_what_is_written_and_printed(files, images, out):
+    names = " ".join(map(str, files.values()))
+    printed = succeed(f"responses --checkpoint {names} --data {images} --out {out} {SVG}").out
+    frame = frame_in(out)
+    assert list(frame.columns)[: len(COLUMNS)] == list(COLUMNS)
+    assert drawn(out) == ["resnet-8", "plain-8", "resnet-14"]
     assert set(frame["source"]) == {"hooks"}
     assert set(frame["images"]) == {40}
     data = cifar10.load(images)
     for name, path in files.items():
-        network = loading.load(path).model
-        expected = analysis.measure(network, [PRESETS["imagenet"](data.images)])["std"]
+        network, x = loading.load(path).model, PRESETS["imagenet"](data.images)
+        std = analysis.measure(network, [x])["std"]
         assert frame[frame["network"] == name]["std"].tolist() == pytest.approx(
-            expected.tolist(), rel=1e-6
+            std.tolist(), rel=1e-6
         )
-        hits = (network(PRESETS["imagenet"](data.images)).argmax(1).numpy() == data.labels).mean()
-        [row] = [
-            line.split()
-            for line in printed.splitlines()
-            if line.split()[1:2] == [str(len(expected))] and name in line
-        ]
-        std = [expected.mean(), expected.min(), expected.max()]
-        assert row == [
-            name,
-            str(len(expected)),
-            f"{100 * hits:.2f}",
-            *(f"{value:.4f}" for value in std),
-            "-",
-            "-",
-        ]
+        hits = (network(x).argmax(1).numpy() == data.labels).mean()
+        numbers = [f"{value:.4f}" for value in (std.mean(), std.min(), std.max())]
+        row = [name, str(len(std)), f"{100 * hits:.2f}", *numbers, "-", "-"]
+        assert row in [line.split() for line in printed.splitlines()]
     means = frame.groupby("network")["std"].mean()
-    sign = "<" if means["resnet-8"] < means["plain-8"] else ">="
-    percent = abs(100 * (means["resnet-8"] / means["plain-8"] - 1))
-    assert (
-        f"    {'+' if sign == '<' else '-'} resnet-8 has a mean std of {means['resnet-8']:.3f}, {percent:.1f} % "
-        f"{'less' if sign == '<' else 'more'} than plain-8 ({means['plain-8']:.3f})\n"
-    ) in printed
-    names = ["claims.csv", "decomposition.svg", "fig7.svg", "responses.csv", "responses.json"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
-    assert ">ResNet-14</text>" in (tmp_path / "out" / "fig7.svg").read_text()
+    percent = 100 * (means["resnet-8"] / means["plain-8"] - 1)
+    words = f"{abs(percent):.1f} % {'less' if percent < 0 else 'more'} than plain-8 ({means['plain-8']:.3f})"
+    mark = "+" if percent < 0 else "-"
+    assert f"    {mark} resnet-8 has a mean std of {means['resnet-8']:.3f}, {words}\n" in printed
+    assert sorted(files_in(out)) == WRITTEN
+    assert printed.count("wrote ") == len(WRITTEN)
+    assert ">ResNet-14</text>" in (out / "fig7.svg").read_text()
 
 
-def test_a_page_to_look_at(files, tmp_path, capsys):
-    words = (
-        "--checkpoint",
-        *files.values(),
-        "--source",
-        "batchnorm",
-        "--out",
-        tmp_path,
-        "--format",
-        "png",
-    )
-    assert run(*words, "--html") == 0
-    assert capsys.readouterr().out.endswith(
-        f"wrote {tmp_path}/decomposition.png\nwrote {tmp_path}/responses.html\n"
-    )
-    page = (tmp_path / "responses.html").read_text()
+def test_a_page_to_look_at(files, out):
+    names = " ".join(map(str, files.values()))
+    line = f"responses --checkpoint {names} --source batchnorm --out {out} {SVG} --html"
+    assert succeed(line).out.endswith(f"wrote {out}/responses.html\n")
+    page = (out / "responses.html").read_text()
     assert page.count("<figure ") == 2
-    assert page.count("<tr ") == len(pd.read_csv(tmp_path / "responses.csv"))
-    for entry in json.loads((tmp_path / "responses.json").read_text()).values():
-        assert entry["checkpoint"]["sha256"] in page
+    assert page.count("<tr ") == len(frame_in(out))
+    assert all(entry["checkpoint"]["sha256"] in page for entry in provenance(out).values())
 
 
+@pytest.mark.slow
 def test_the_same_command_writes_the_same_bytes(files, images, tmp_path):
+    line = f"responses --checkpoint {files['resnet-8']} {files['plain-8']} --data {images}"
     for out in ("a", "b"):
-        words = ("--checkpoint", *files.values(), "--data", images, "--out", tmp_path / out)
-        assert run(*words, "--format", "svg", "pdf", "png", "--html") == 0
-    for path in (tmp_path / "a").iterdir():
-        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+        succeed(f"{line} --format svg pdf png --html --out {tmp_path / out}")
+    assert files_in(tmp_path / "a") == files_in(tmp_path / "b")
 
 
-def test_labels(files, images, tmp_path, capsys):
-    words = ("--data", images, "--out", tmp_path / "out")
-    first = files["resnet-8"]
-    assert (
-        run("--checkpoint", f"mine={first}", first, f"a=b={first}", *words) == 2
-    )  # a=b is a label, =PATH no path
+def test_labels(files, images, tmp_path, out):
+    first, options = files["resnet-8"], f"--data {images} --out {out} {SVG}"
+    assert run(
+        f"responses --checkpoint a=b={first} {options}"
+    ).error  # a is a label, b=PATH no path
     other = tmp_path / "epoch=3-step=100.ckpt"
     torch.save(build("resnet-8").state_dict(), other)
-    assert (
-        run(
-            "--checkpoint",
-            f"mine={first}",
-            first,
-            other,
-            "--kind",
-            "residual",
-            "--normalize",
-            "imagenet",
-            *words,
-        )
-        == 0
-    )
-    frame = pd.read_csv(tmp_path / "out" / "responses.csv")
-    assert frame["network"].drop_duplicates().tolist() == ["mine", "resnet-8", "epoch=3-step=100"]
-    capsys.readouterr()
-    assert run("--checkpoint", f"plain-8={first}", *words) == 0
-    assert (
-        "warning: plain-8: the label says plain-8, the file holds resnet-8"
-        in capsys.readouterr().err
-    )
+    line = f"responses --checkpoint mine={first} {first} {other} --kind residual"
+    succeed(f"{line} --normalize imagenet {options}")
+    assert drawn(out) == ["mine", "resnet-8", "epoch=3-step=100"]
+    warned = succeed(f"responses --checkpoint plain-8={first} {options}").err
+    assert "warning: plain-8: the label says plain-8, the file holds resnet-8" in warned
 
 
-def test_an_existing_path_wins_over_a_label(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_an_existing_path_wins_over_a_label(tmp_path):
     (tmp_path / "epoch=3.ckpt").touch()
-    assert split_label("epoch=3.ckpt") == (None, type(tmp_path)("epoch=3.ckpt"))
-    assert split_label("other=3.ckpt") == ("other", type(tmp_path)("3.ckpt"))
-    assert split_label("a.ckpt") == (None, type(tmp_path)("a.ckpt"))
+    assert split_label("epoch=3.ckpt") == (None, Path("epoch=3.ckpt"))
+    assert split_label("other=3.ckpt") == ("other", Path("3.ckpt"))
+    assert split_label("a.ckpt") == (None, Path("a.ckpt"))
 
 
-def test_images_batch_size_and_split(files, images, tmp_path):
-    words = ("--checkpoint", files["resnet-8"], "--data", images, "--images", 12, "--out", tmp_path)
-    assert run(*words, "--batch-size", 5) == 0
-    one = pd.read_csv(tmp_path / "responses.csv")
-    assert set(one["images"]) == {12}
-    assert run(*words) == 0
-    assert pd.read_csv(tmp_path / "responses.csv")["std"].tolist() == pytest.approx(
-        one["std"].tolist(), rel=1e-6
+def test_images_and_batch_size(files, images, out):
+    line = (
+        f"responses --checkpoint {files['resnet-8']} --data {images} --images 12 --out {out} {SVG}"
     )
+    stds = []
+    for options in ("--batch-size 5", ""):
+        succeed(f"{line} {options}")
+        assert set(frame_in(out)["images"]) == {12}
+        stds.append(frame_in(out)["std"].tolist())
+    assert stds[0] == pytest.approx(stds[1], rel=1e-6)
 
 
-def test_a_progress_bar_over_all_networks(files, images, tmp_path):
+@pytest.mark.slow
+@pytest.mark.process
+def test_a_progress_bar_over_all_networks(files, images, out):
     """In a terminal, which a pseudo-terminal stands in for."""
     import pty
     import termios
 
     parent, child = pty.openpty()
     termios.tcsetwinsize(child, (24, 100))
-    words = [
-        "--checkpoint",
-        files["resnet-8"],
-        files["plain-8"],
-        "--data",
-        images,
-        "--out",
-        tmp_path,
-    ]
+    paths = [files["resnet-8"], files["plain-8"]]
+    words = ["--checkpoint", *paths, "--data", images, "--out", out, "--format", "svg"]
     command = [sys.executable, "-m", "analysis.responses", *map(str, words)]
     process = subprocess.Popen(command, stderr=child, stdout=subprocess.DEVNULL, cwd=ROOT)
     os.close(child)
@@ -365,375 +263,209 @@ def test_a_progress_bar_over_all_networks(files, images, tmp_path):
     assert b"plain-8" in shown
 
 
-def test_the_closed_form_needs_no_images(files, tmp_path, capsys):
-    assert (
-        run(
-            "--checkpoint",
-            *files.values(),
-            "--source",
-            "batchnorm",
-            "--out",
-            tmp_path,
-            "--format",
-            "svg",
-        )
-        == 0
-    )
-    frame = pd.read_csv(tmp_path / "responses.csv")
+def test_the_closed_form_needs_no_images(files, out):
+    succeed(f"responses --checkpoint {files['plain-8']} --source batchnorm --out {out} {SVG}")
+    frame = frame_in(out)
     assert set(frame["source"]) == {"batchnorm"}
     assert frame[["height", "width", "images", "count"]].isna().all(axis=None)
     expected = closed_form(loading.load(files["plain-8"]).model)["std"]
-    assert frame[frame["network"] == "plain-8"]["std"].tolist() == pytest.approx(expected.tolist())
-    assert (
-        "closed form from BN's tensors, not measured on images"
-        in (tmp_path / "fig7.svg").read_text()
-    )
-    entry = json.loads((tmp_path / "responses.json").read_text())["plain-8"]
+    assert frame["std"].tolist() == pytest.approx(expected.tolist())
+    computed = "closed form from BN's tensors, not measured on images"
+    assert computed in (out / "fig7.svg").read_text()
+    entry = provenance(out)["plain-8"]
     assert entry["source"] == ["batchnorm"]
     assert "data" not in entry
     assert "accuracy" not in entry
 
 
-def test_it_is_the_fallback_where_nothing_stands_for_the_images(files, tmp_path, capsys):
-    """There is no stand-in for the training images."""
-    words = ("--checkpoint", files["resnet-8"], "--split", "train")
-    assert run(*words, "--out", tmp_path / "out") == 0
-    shown = capsys.readouterr().err.splitlines()
-    assert shown[0].startswith("no CIFAR-10 train images found: tried $CIFAR10 (not set), data, ")
-    assert shown[1:] == [
-        "no images: the closed form from BN's tensors instead (--source batchnorm)"
-    ]
-    assert set(pd.read_csv(tmp_path / "out" / "responses.csv")["source"]) == {"batchnorm"}
-    assert run(*words, "--out", tmp_path / "other", "--source", "hooks") == 2
-    assert "error: no CIFAR-10 train images found" in capsys.readouterr().err
-
-
-def test_the_probe_set_by_name(files, tmp_path, capsys, monkeypatch):
-    """Also where results go to a folder of that name; the closed form needs no images, whatever
-    stands for them.
-    """
-    words = ("--checkpoint", files["resnet-8"], "--data", "probe", "--format", "svg")
-    assert run(*words, "--source", "hooks", "batchnorm", "--out", tmp_path / "out") == 0
-    assert "measured on the probe set" in capsys.readouterr().out
-    frame = pd.read_csv(tmp_path / "out" / "responses.csv")
-    assert set(frame[frame["source"] == "hooks"]["images"]) == {len(probe.load())}
-    assert run(*words, "--source", "batchnorm", "--out", tmp_path / "formula") == 0
-    assert "probe" not in (tmp_path / "formula" / "fig7.svg").read_text()
-    capsys.readouterr()
-    monkeypatch.chdir(tmp_path)
-    assert run(*words, "--out", "probe") == 0
-    assert "measured on the probe set" in capsys.readouterr().out
-
-
-def test_without_images_the_label_says_whether_a_network_is_plain(tmp_path, capsys):
+def test_without_images_the_label_says_whether_a_network_is_plain(tmp_path, out):
     torch.save(build("plain-8").state_dict(), tmp_path / "a.pt")
-    words = ("--source", "batchnorm", "--out", tmp_path)
-    kinds = {}
-    for label in ("plain-8", "mine"):
-        assert run("--checkpoint", f"{label}={tmp_path / 'a.pt'}", *words) == 0
-        kinds[label] = pd.read_csv(tmp_path / "responses.csv")["kind"].iloc[0]
-    assert kinds == {"plain-8": "plain", "mine": "residual"}
-    assert "mine: network resnet-8 (assumed)" in capsys.readouterr().out
-    assert run("--checkpoint", f"mine={tmp_path / 'a.pt'}", "--kind", "plain", *words) == 0
-    assert pd.read_csv(tmp_path / "responses.csv")["kind"].iloc[0] == "plain"
+    options = f"--source batchnorm --out {out} {SVG}"
+    for label, kind, option in (
+        ("plain-8", "plain", ""),
+        ("mine", "residual", ""),
+        ("mine", "plain", "--kind plain"),
+    ):
+        printed = succeed(f"responses --checkpoint {label}=a.pt {option} {options}").out
+        assert frame_in(out)["kind"].iloc[0] == kind
+        assert ("mine: network resnet-8 (assumed)" in printed) == (kind == "residual")
 
 
-def test_what_does_not_fit_is_a_warning(files, images, tmp_path, capsys):
-    words = ("--checkpoint", files["resnet-8"], "--data", images, "--out", tmp_path)
-    assert run(*words, "--normalize", "[-1,1]") == 0
-    assert (
-        "warning: resnet-8: no preprocessing fits (with a misfit below 0.15): misfit "
-        in capsys.readouterr().err
-    )
-    assert json.loads((tmp_path / "responses.json").read_text())["resnet-8"]["warnings"]
+def test_what_does_not_fit_is_a_warning(files, images, out):
+    line = f"responses --checkpoint {files['resnet-8']} --data {images} --out {out} {SVG}"
+    warned = succeed(f"{line} --normalize [-1,1]").err
+    assert "warning: resnet-8: no preprocessing fits (with a misfit below 0.15): misfit " in warned
+    assert provenance(out)["resnet-8"]["warnings"]
 
 
-# Bad input: one line that says what, where and what to do, status 2, and what was there is there
-# still
+# Bad input: one line that says what, where and what to do, status 2, and nothing is written
 
 
-def nan_weights(path, files):
-    network = build("resnet-8")
-    network.conv1.weight.data.fill_(float("nan"))
-    torch.save(network.state_dict(), path / "nan.pt")
-    return path / "nan.pt"
-
-
-def overflowing(path, files):
-    network = record(build("resnet-8"), torch.randn(8, 3, 32, 32))
-    network.layer2[0].bn1.weight.data.fill_(1e38)
-    torch.save(network.state_dict(), path / "overflow.pt")
-    return path / "overflow.pt"
-
-
-def text(path, files):
+def no_text(path):
     (path / "notes.pt").write_text("hello")
-    return path / "notes.pt"
 
 
-class Evil:
-    def __reduce__(self):
-        return (os.system, ("touch evil",))
-
-
-def evil(path, files):
-    torch.save(Evil(), path / "evil.pt")
-    return path / "evil.pt"
-
-
-def other_network(path, files):
+def other_network(path):
     torch.save(torch.nn.Linear(2, 2).state_dict(), path / "other.pt")
-    return path / "other.pt"
 
 
-def missing_tensor(path, files):
+def missing_tensor(path):
     state = build("resnet-8").state_dict()
     del state["bn1.weight"]
     torch.save(state, path / "missing.pt")
-    return path / "missing.pt"
 
 
-def extra_tensor(path, files):
-    torch.save(
-        build("resnet-8").state_dict() | {"layer1.0.bn3.weight": torch.ones(16)}, path / "extra.pt"
-    )
-    return path / "extra.pt"
+def extra_tensor(path):
+    extra = {"layer1.0.bn3.weight": torch.ones(16)}
+    torch.save(build("resnet-8").state_dict() | extra, path / "extra.pt")
 
 
-def good(path, files):
-    return files["resnet-8"]
+def nan_weights(path):
+    network = build("resnet-8")
+    network.conv1.weight.data.fill_(float("nan"))
+    torch.save(network.state_dict(), path / "nan.pt")
 
 
-def blocked(path):
-    (path / "file").write_text("")
-    return path / "file" / "out"
+def overflowing(path):
+    network = fitting("resnet-8")
+    network.layer2[0].bn1.weight.data.fill_(1e38)
+    torch.save(network.state_dict(), path / "overflow.pt")
 
 
 def truncated_archive(path):
     (path / "cifar-10-python.tar.gz").write_bytes(b"\x1f\x8b" + bytes(40))
-    return path / "cifar-10-python.tar.gz"
 
 
 def empty_folder(path):
     (path / "empty").mkdir()
-    return path / "empty"
 
 
-BAD = {
+def blocked(path):
+    (path / "file").touch()
+
+
+def nothing(path):
+    pass
+
+
+BAD = {  # what is there, the options (--checkpoint and --data are good unless named), words of the line
     "missing file": (
-        lambda p, f: p / "gone.pth",
-        {},
-        "error: {path}/gone.pth: no such file; a checkpoint is a file",
+        nothing,
+        "--checkpoint gone.pth",
+        "error: gone.pth: no such file; a checkpoint is",
     ),
     "text": (
-        text,
-        {},
-        "error: {path}/notes.pt: not a checkpoint, damaged or truncated; a checkpoint is a file of",
-    ),
-    "code": (
-        evil,
-        {},
-        "error: {path}/evil.pt: refused: it asks for posix.system, which could run code",
+        no_text,
+        "--checkpoint notes.pt",
+        "error: notes.pt: not a checkpoint, damaged or truncated",
     ),
     "other network": (
         other_network,
-        {},
-        "error: {path}/other.pt: none of the paper's networks (CIFAR-10's: ",
+        "--checkpoint other.pt",
+        "error: other.pt: none of the paper's networks",
     ),
     "missing tensor": (
         missing_tensor,
-        {},
-        "error: {path}/missing.pt: the tensors are not those of resnet-8: "
-        "bn1.weight is missing; --model FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION builds any other "
-        "network, --source batchnorm needs none",
+        "--checkpoint missing.pt",
+        "bn1.weight is missing; --model ",
     ),
-    "extra tensor": (extra_tensor, {}, "layer1.0.bn3.weight is too many"),
+    "extra tensor": (extra_tensor, "--checkpoint extra.pt", "layer1.0.bn3.weight"),
     "NaN in the weights": (
         nan_weights,
-        {},
-        "error: {path}/nan.pt: NaN or infinity in conv1.weight: the training "
-        "diverged, or the file is damaged",
+        "--checkpoint nan.pt",
+        "error: nan.pt: NaN or infinity in conv1.weight",
     ),
     "NaN in a response": (
         overflowing,
-        {},
-        "error: {path}/overflow.pt: NaN or infinity in the response of layer 4 "
-        "(layer2.0.conv1) in batch 1: look at the weights and at the images",
+        "--checkpoint overflow.pt",
+        "error: overflow.pt: NaN or infinity in the response of layer 4 (layer2.0.conv1)",
     ),
     "truncated archive": (
-        good,
-        {"--data": truncated_archive},
-        "error: {path}/cifar-10-python.tar.gz: damaged or truncated archive",
+        truncated_archive,
+        "--data cifar-10-python.tar.gz",
+        "error: cifar-10-python.tar.gz: damaged or truncated archive",
     ),
     "no images": (
-        good,
-        {"--data": empty_folder},
-        "error: {path}/empty: no CIFAR-10 test images here; looked for",
+        empty_folder,
+        "--data empty",
+        "error: empty: no CIFAR-10 test images here; looked for",
     ),
-    "no data": (
-        good,
-        {"--data": lambda p: p / "nowhere"},
-        "error: {path}/nowhere: no such file or folder; --data "
-        "takes a folder or an archive of CIFAR-10",
-    ),
-    "too many images": (
-        good,
-        {"--images": lambda p: 41},
-        "error: --images 41: there are 40 images in ",
-    ),
+    "no data": (nothing, "--data nowhere", "error: nowhere: no such file or folder; --data takes "),
+    "too many images": (nothing, "--images 41", "error: --images 41: there are 40 images in "),
     "CIFAR-10 or nothing": (
-        good,
-        {"--data": lambda p: "cifar10"},
+        nothing,
+        "--data cifar10",
         "error: no CIFAR-10 test images found: tried ",
     ),
     "part of the probe set": (
-        good,
-        {"--data": lambda p: "probe", "--images": lambda p: 100},
-        "error: --images 100: the probe set holds only as a whole; leave --images out",
+        nothing,
+        "--data probe --images 100",
+        "error: --images 100: the probe set ",
     ),
     "probe set for training": (
-        good,
-        {"--data": lambda p: "probe", "--split": lambda p: "train"},
-        "error: --split train: the probe set stands for the test images",
+        nothing,
+        "--data probe --split train",
+        "error: --split train: the probe set ",
     ),
     "out": (
-        good,
-        {"--out": blocked},
-        "error: --out {path}/file/out: Not a directory; name a folder that can be written",
+        blocked,
+        "--out file/out",
+        "error: --out file/out: Not a directory; name a folder that can be",
     ),
     "0 images": (
-        good,
-        {"--images": lambda p: 0},
+        nothing,
+        "--images 0",
         "argument --images: '0' is not a whole number of 1 or more",
     ),
     "batch size 0": (
-        good,
-        {"--batch-size": lambda p: 0},
+        nothing,
+        "--batch-size 0",
         "argument --batch-size: '0' is not a whole number of 1",
     ),
     "negative images": (
-        good,
-        {"--images": lambda p: -3},
+        nothing,
+        "--images -3",
         "argument --images: '-3' is not a whole number of 1",
     ),
-    "device": (
-        good,
-        {"--device": lambda p: "tpu"},
-        "argument --device: invalid choice: 'tpu' (choose from ",
-    ),
-    "split": (
-        good,
-        {"--split": lambda p: "val"},
-        "argument --split: invalid choice: 'val' (choose from ",
-    ),
+    "device": (nothing, "--device tpu", "argument --device: invalid choice: 'tpu' (choose from "),
+    "split": (nothing, "--split val", "argument --split: invalid choice: 'val' (choose from "),
     "preset": (
-        good,
-        {"--normalize": lambda p: "mnist"},
-        "--normalize: unknown preset 'mnist'; one of auto, imagenet, "
-        "cifar10, cifar10-2, [-1,1], [0,1], per-pixel",
+        nothing,
+        "--normalize mnist",
+        "--normalize: unknown preset 'mnist'; one of auto, imagenet, ",
+    ),
+    "depth": (nothing, "--depth 21", "error: --depth 21: no CIFAR-10 network has 21 layers"),
+    "two kinds": (nothing, "--kind residual plain", "--kind: one kind at a time"),
+    "two equal labels": (
+        nothing,
+        "--checkpoint a={good} a={good}",
+        "two networks are called a: name them, ",
     ),
 }
 
 
-@pytest.mark.parametrize(("checkpoint", "options", "message"), BAD.values(), ids=BAD)
-def test_bad_input(checkpoint, options, message, files, images, tmp_path, capsys):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "responses.csv").write_text("from an earlier run")
-    words = {
-        "--checkpoint": checkpoint(tmp_path, files),
-        "--data": images,
-        "--out": tmp_path / "out",
-    }
-    words |= {option: value(tmp_path) for option, value in options.items()}
-    status = run(*(str(word) for pair in words.items() for word in pair))
-    shown = capsys.readouterr().err
-    assert status == 2
-    assert message.format(path=tmp_path) in shown
-    assert "Traceback" not in shown
-    errors = [line for line in shown.splitlines() if "error: " in line]
-    assert len(errors) == 1
-    assert shown.endswith(errors[0] + "\n")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["responses.csv"]
-    assert (tmp_path / "out" / "responses.csv").read_text() == "from an earlier run"
-    assert not (tmp_path / "evil").exists()
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name, files, images, tmp_path, out):
+    prepare, options, message = BAD[name]
+    prepare(tmp_path)
+    out.mkdir()
+    (out / "responses.csv").write_text("from an earlier run")
+    good = "" if "--depth" in options else f"--checkpoint {files['resnet-8']}"
+    options = options.format(good=files["resnet-8"])
+    error = run(f"responses {good} --data {images} --out {out} {options}").error
+    assert message in error
+    assert files_in(out) == {"responses.csv": b"from an earlier run"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_cuda_where_there_is_none(files, images, tmp_path, capsys):
-    assert run("--checkpoint", files["resnet-8"], "--data", images, "--device", "cuda") == 2
-    assert (
-        "--device cuda: torch sees no CUDA device on this machine; use --device cpu"
-        in capsys.readouterr().err
-    )
+def test_cuda_where_there_is_none(files):
+    error = run(f"responses --checkpoint {files['resnet-8']} --device cuda").error
+    assert "--device cuda: torch sees no CUDA device on this machine; use --device cpu" in error
 
 
-def test_two_kinds_and_two_equal_labels(files, images, tmp_path, capsys):
-    assert run("--checkpoint", files["resnet-8"], "--kind", "residual", "plain") == 2
-    assert "--kind: one kind at a time" in capsys.readouterr().err
-    same = files["resnet-8"]
-    assert (
-        run("--checkpoint", f"a={same}", f"a={same}", "--source", "batchnorm", "--out", tmp_path)
-        == 2
-    )
-    assert (
-        "error: two networks are called a: name them, LABEL=PATH LABEL=PATH"
-        in capsys.readouterr().err
-    )
-
-
-def test_debug_shows_the_traceback(tmp_path):
+def test_debug_shows_the_traceback(out):
     with pytest.raises(FileNotFoundError, match="no such file"):
-        main(
-            [
-                "--checkpoint",
-                str(tmp_path / "gone.pth"),
-                "--source",
-                "batchnorm",
-                "--out",
-                str(tmp_path),
-                "--debug",
-            ]
-        )
-
-
-def test_ctrl_c_writes_nothing(files, images, tmp_path, monkeypatch, capsys):
-    def interrupt(*args, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("analysis.measuring.measurement.Measurement.add", interrupt)
-    assert (
-        run("--checkpoint", files["resnet-8"], "--data", images, "--out", tmp_path / "out") == 130
-    )
-    assert "interrupted: no file is half-written" in capsys.readouterr().err
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_a_disk_that_fills_up_leaves_the_earlier_results(
-    files, images, tmp_path, monkeypatch, capsys
-):
-    words = ("--checkpoint", files["resnet-8"], "--data", images, "--out", tmp_path)
-    assert run(*words) == 0
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr(
-        "matplotlib.figure.Figure.savefig",
-        lambda *a, **o: (_ for _ in ()).throw(OSError(28, "full")),
-    )
-    assert run(*words, "--images", 10) == 2
-    assert "error: " in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_help_does_not_wait_for_torch():
-    script = (
-        "import sys; from analysis.responses import main\n"
-        "try: main(['--help'])\n"
-        "except SystemExit: print(sorted({'torch', 'pandas', 'matplotlib', 'numpy'} & set(sys.modules)))"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    assert run.stdout.splitlines()[-1] == "[]"
-    assert "--checkpoint [LABEL=]PATH" in run.stdout
+        run(f"responses --checkpoint gone.pth --source batchnorm --out {out} --debug")
 
 
 # Shipped networks
@@ -741,93 +473,71 @@ def test_help_does_not_wait_for_torch():
 
 @pytest.fixture
 def shelf(files, tmp_path, monkeypatch):
-    """A zoo of our own: shipped are plain-8 and resnet-8 and -14, of 1,000 iterations."""
-    folder = tmp_path / "zoo"
-    folder.mkdir()
+    """Ship networks of our own: plain-8 and resnet-8 of 1,000 iterations, resnet-14 of 64,000."""
     for name, path in files.items():
-        checkpoint = loading.load(path)
-        card = {"iterations": 64_000 if name == "resnet-14" else 1_000}
-        loading.save(
-            folder / path.name,
-            checkpoint.model,
-            PRESETS["imagenet"],
-            crop_padding="none",
-            training=card,
-        )
-    monkeypatch.setattr(zoo, "__file__", str(folder / "__init__.py"))
-    return folder
+        iterations = 64_000 if name == "resnet-14" else 1_000
+        save(tmp_path / "zoo" / path.name, loading.load(path).model, iterations=iterations)
+    monkeypatch.setattr(zoo, "__file__", str(tmp_path / "zoo" / "__init__.py"))
 
 
-def drawn(out):
-    return pd.read_csv(out / "responses.csv")["network"].drop_duplicates().tolist()
-
-
-def test_depth_and_kind_choose_among_the_shipped_networks(shelf, images, tmp_path, capsys):
-    words = ("--data", images, "--out", tmp_path, "--format", "svg")
-    assert run("--depth", 8, 14, 8, *words) == 0
-    assert drawn(tmp_path) == ["plain-8", "resnet-8", "resnet-14"]
-    shown = capsys.readouterr()
+def test_depth_and_kind_choose_among_the_shipped_networks(shelf, images, out):
+    options = f"--data {images} --out {out} {SVG}"
+    shown = succeed(f"responses --depth 8 14 8 {options}")
+    assert drawn(out) == ["plain-8", "resnet-8", "resnet-14"]
     assert shown.err == (
         "plain-14 is not shipped (there are: plain-8, resnet-8, resnet-14); "
         "python -m models.train --depth 14 --kind plain makes it\n"
     )
     assert "plain-8: network plain-8 (card), trained for 1,000 iterations\n" in shown.out
     note = "plain-8, ResNet-8 trained for 1,000 of the paper's 64,000 iterations"
-    assert note in (tmp_path / "fig7.svg").read_text()
-    assert run("--depth", 14, 8, "--kind", "residual", *words) == 0
-    assert drawn(tmp_path) == ["resnet-14", "resnet-8"]
+    assert note in (out / "fig7.svg").read_text()
+    succeed(f"responses --depth 14 8 --kind residual {options}")
+    assert drawn(out) == ["resnet-14", "resnet-8"]
 
 
-def test_shipped_networks_beside_a_checkpoint(shelf, files, images, tmp_path, capsys):
-    words = ("--data", images, "--out", tmp_path, "--format", "svg")
-    assert (
-        run("--depth", 8, "--kind", "plain", "--checkpoint", f"mine={files['resnet-14']}", *words)
-        == 0
-    )
-    assert drawn(tmp_path) == ["plain-8", "mine"]
-    assert (
-        pd.read_csv(tmp_path / "responses.csv").groupby("network")["kind"].first()["mine"]
-        == "residual"
-    )
-    assert run("--depth", 32, "--checkpoint", f"mine={files['resnet-14']}", *words) == 0
-    assert drawn(tmp_path) == ["mine"]
-    assert "plain-32 is not shipped" in capsys.readouterr().err
+def test_shipped_networks_beside_a_checkpoint(shelf, files, images, out):
+    """Of a shipped network only the card says the preprocessing, of the checkpoint the option."""
+    options = f"--checkpoint mine={files['resnet-14']} --data {images} --out {out} {SVG}"
+    succeed(f"responses --depth 8 --kind plain --normalize [-1,1] {options}")
+    assert drawn(out) == ["plain-8", "mine"]
+    known = {name: entry["preprocessing"]["known"] for name, entry in provenance(out).items()}
+    assert known["mine"].startswith("given")
+    assert known["plain-8"].startswith("card")
+    assert frame_in(out).groupby("network")["kind"].first()["mine"] == "residual"
+    assert "plain-32 is not shipped" in succeed(f"responses --depth 32 {options}").err
+    assert drawn(out) == ["mine"]
 
 
-def test_of_shipped_networks_only_the_card_says_the_preprocessing(
-    shelf, files, images, tmp_path, capsys
-):
-    words = ("--data", images, "--out", tmp_path, "--format", "svg", "--normalize", "[-1,1]")
-    assert (
-        run("--depth", 8, "--kind", "plain", "--checkpoint", f"mine={files['resnet-14']}", *words)
-        == 0
-    )
-    known = {
-        network: entry["preprocessing"]
-        for network, entry in json.loads((tmp_path / "responses.json").read_text()).items()
-    }
-    assert known["mine"]["name"] == "[-1,1]"
-    assert known["mine"]["known"].startswith("given")
-    assert known["plain-8"]["known"].startswith("card")
+def test_plain_110_is_left_out_unless_it_is_asked_for(shelf, out):
+    line = f"responses --depth 8 110 --source batchnorm --out {out} {SVG}"
+    assert "plain-110" not in succeed(line).err
+    assert "plain-110 is not shipped" in succeed(f"{line} --kind residual plain").err
 
 
-def test_plain_110_is_left_out_unless_it_is_asked_for(shelf, tmp_path, capsys):
-    words = ("--source", "batchnorm", "--out", tmp_path)
-    assert run("--depth", 8, 110, *words) == 0
-    assert "plain-110" not in capsys.readouterr().err
-    assert run("--depth", 8, 110, "--kind", "residual", "plain", *words) == 0
-    assert "plain-110 is not shipped" in capsys.readouterr().err
+def test_none_of_the_networks_is_shipped(shelf, out):
+    error = run(f"responses --out {out}").error  # as with --depth 20 56 110
+    assert "plain-20 is not shipped (there are: plain-8, resnet-8, resnet-14)" in error
+    assert files_in(out) == {}
 
 
-def test_none_of_the_networks_is_shipped(shelf, tmp_path, capsys):
-    assert run("--depth", 21, "--out", tmp_path / "out") == 2
-    assert (
-        "error: --depth 21: no CIFAR-10 network has 21 layers: a depth is 6n + 2; the nearest are 20 and 26"
-        in (capsys.readouterr().err)
-    )
-    assert run("--out", tmp_path / "out") == 2  # as with --depth 20 56 110
-    assert (
-        "error: plain-20 is not shipped (there are: plain-8, resnet-8, resnet-14)"
-        in capsys.readouterr().err
-    )
-    assert list((tmp_path / "out").iterdir()) == []
+# How often files and images are read
+
+
+@pytest.mark.xfail(reason="being rebuilt: one read a checkpoint, one pass an image", strict=False)
+def test_each_checkpoint_is_read_once_and_each_image_passes_once(files, images, out):
+    """Count the openings of files and the images that reach the classifiers, which have cards."""
+    opened, passed = Counter(), Counter()
+
+    def watch(event, args):
+        if event == "open" and str(args[0]).endswith(".safetensors"):
+            opened[str(args[0])] += 1
+
+    def count(module, args):
+        if isinstance(module, torch.nn.Linear):
+            passed[module.in_features] += len(args[0])
+
+    paths = [files["resnet-8"], files["plain-8"]]
+    with torch.nn.modules.module.register_module_forward_pre_hook(count), watching(watch):
+        succeed(f"responses --checkpoint {paths[0]} {paths[1]} --data {images} --out {out} {SVG}")
+    assert passed == {64: 2 * 40}
+    assert opened == dict.fromkeys(map(str, paths), 1)

@@ -80,12 +80,12 @@ def test_no_correlation_where_there_is_none(stds):
     [
         (
             lambda f: f.iloc[:0],
-            "a frame of one network is compared with another, but this one has: none",
+            "a frame of one network is needed, and this one has: none",
         ),
-        (lambda f: pd.concat([f, f.assign(network="b")]), "but this one has: a, b"),
+        (lambda f: pd.concat([f, f.assign(network="b")]), "and this one has: a, b"),
         (
             lambda f: pd.concat([f, f.assign(source="batchnorm")]),
-            "but this one has: hooks, batchnorm",
+            "and this one has: hooks, batchnorm",
         ),
         (lambda f: f.assign(std=np.nan), "a: NaN or infinity among the stds"),
     ],
