@@ -1,10 +1,9 @@
-"""Train the paper's CIFAR-10 networks by the paper's recipe. Killed at any moment, the same command
-goes on.
+"""Train the paper's CIFAR-10 networks by the paper's recipe.
 
     python -m models.train --depth 20 --kind residual --data path/to/cifar10 --out runs
 
-models.training.recipe holds what is trained and how, models.training.loop what is kept in a run's
-folder.
+An interrupted run, even a killed one, continues if the command is repeated. `models.training` holds
+the recipe and the loop.
 """
 
 from __future__ import annotations
@@ -15,88 +14,123 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from models.messages import is_out_of_memory, one_line, out_of_memory
-from models.training.recipe import DECAY, WARM_UP_DEPTH, Fault, Recipe
+from models.training.recipe import DECAY, WARM_UP_DEPTH, Recipe
 
-if TYPE_CHECKING:  # torch takes seconds to import, and --help does not need it: functions import it
+if TYPE_CHECKING:  # importing torch takes seconds, and --help does not need it
     from models.data.cifar10 import Cifar10
 
-KEPT = "what was saved stays, and the same command goes on from there"
+KEPT = "what was saved stays, and the same command continues from there"
 LARGEST_SEED = 2**64 - 1  # torch's
 
 
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for; see --help."""
+
+    depth: list[int]
+    kind: list[str] | None
+    out: Path
+    data: Path | None
+    iterations: int
+    decay: str
+    warm_up: bool
+    seed: list[int]
+    device: str
+    precision: str
+    snapshots: int
+    debug: bool
+
+
+def parse(argv: list[str] | None) -> Options:
+    """Return the options of a command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m models.train",
+        description="Train the CIFAR-10 networks of He et al., CVPR 2016, by the paper's recipe. "
+        "An interrupted run is continued, a finished one is skipped.",
+    )
+    add = parser.add_argument
+    depths, kinds = [20, 56, 110], ("residual", "plain")
+    add("--depth", type=int, nargs="+", default=depths, metavar="N", help="6n + 2 (20 56 110)")
+    add("--kind", nargs="+", choices=kinds, help="default: both, but no plain-110")
+    add("--out", type=Path, default=Path("runs"), help="folder of the runs' folders (runs)")
+    where = "CIFAR-10 in any layout; by default it is looked for, then downloaded"
+    add("--data", type=Path, metavar="PATH", help=where)
+    add("--iterations", type=int, default=64_000, metavar="N", help="of 128 images (64000)")
+    which = "what decays: weights (default), also BN's gamma, or all parameters"
+    add("--decay", choices=DECAY, default="weights", help=which)
+    how = "learning rate 0.01 until the error is below 80 %%; always on from 110 layers on"
+    add("--warm-up", action="store_true", help=how)
+    add("--seed", type=int, nargs="+", default=[0], metavar="N", help="one run per seed (0)")
+    add("--device", default="auto", help="auto, cpu or cuda (auto)")
+    precisions, auto = ("auto", "float32", "bfloat16"), "auto: bfloat16 if the device has it"
+    add("--precision", choices=precisions, default="auto", help=auto)
+    kept = "networks to keep on the way, the first and the last included (9)"
+    add("--snapshots", type=int, default=9, metavar="K", help=kept)
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return Options(**vars(parser.parse_args(argv)))
+
+
 @contextmanager
-def answered(
-    answer: Callable[[int, FrameType | None], None], *numbers: signal.Signals
-) -> Iterator[None]:
-    """Answer these signals in this way, but for those that are ignored: a script's Ctrl-C does not
-    mean what it put into the background.
+def deferred_signals() -> Iterator[Callable[[], int]]:
+    """Yield a function that returns the number of the SIGTERM or SIGINT that came, or 0.
+
+    A second signal raises KeyboardInterrupt. Signals that are ignored stay so: Ctrl-C is not meant
+    for what a script runs in the background.
     """
-    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, answer) for number in heard}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def end_at_once(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt(number)
-
-
-def at_once(number: int) -> str:
-    return f"stopped by {signal.Signals(number).name} at once: {KEPT}"
-
-
-@contextmanager
-def signals() -> Iterator[Callable[[], int]]:
-    """A function that gives the number of the SIGTERM or SIGINT that came, or 0."""
     came: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if came:
-            end_at_once(number, frame)  # the second one does not wait for the iteration to end
         came.append(number)
+        if len(came) > 1:
+            raise KeyboardInterrupt
 
-    with answered(note, signal.SIGTERM, signal.SIGINT):
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
+    try:
+        for number in before:
+            signal.signal(number, note)
         yield lambda: came[0] if came else 0
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def load_data(path: Path | None) -> tuple[Cifar10, Cifar10]:
-    """The training and the test images. Fault unless they are complete and exact."""
+    """Return the training and the test images. Raises ValueError unless they are CIFAR-10's."""
     from models.data import cifar10
 
     try:
-        train, test = cifar10.load(path, "train"), cifar10.load(path, "test")
-    except (OSError, ValueError) as error:
-        raise Fault(str(error), 2) from error
-    for split in (train, test):
+        splits = cifar10.load(path, "train"), cifar10.load(path, "test")
+    except OSError as error:
+        raise ValueError(error) from error
+    for split in splits:
         if not split.exact:
-            raise Fault(f"training needs all of CIFAR-10: {split.describe()}", 2)
-    return train, test
+            raise ValueError(f"training needs all of CIFAR-10: {split.describe()}")
+    return splits
 
 
 def choose_device(name: str) -> str:
+    """Return `cuda` or `cpu` for the value of --device."""
     import torch
 
     if name not in ("auto", "cpu", "cuda"):
-        raise Fault(
-            f"--device {name}: unknown; one of auto, cpu, cuda (CUDA_VISIBLE_DEVICES says which GPU)",
-            2,
-        )
+        allowed = "auto, cpu or cuda (CUDA_VISIBLE_DEVICES says which GPU)"
+        raise ValueError(f"--device {name}: unknown; choose {allowed}")
     if name == "cuda" and not torch.cuda.is_available():
-        raise Fault("--device cuda: torch finds no GPU here; --device cpu trains without one", 2)
+        raise ValueError("--device cuda: torch finds no GPU; --device cpu trains without one")
     return "cuda" if torch.cuda.is_available() and name != "cpu" else "cpu"
 
 
 def choose_precision(name: str, device: str) -> str:
-    """bfloat16 where the device computes in it; where it is emulated it is many times slower than
-    float32.
+    """Return the precision for the value of --precision.
+
+    `auto` is bfloat16 if the device computes in it; emulated, it is much slower than float32.
     """
     import torch
 
@@ -109,146 +143,103 @@ def choose_precision(name: str, device: str) -> str:
     return "bfloat16" if native else "float32"
 
 
-def recipes(args: argparse.Namespace) -> list[Recipe]:
-    """The runs that the command asks for; without --kind no plain network as deep as plain-110, as
-    in Fig. 7.
-    """
+def check(options: Options) -> None:
+    """Raise ValueError if a number among the options is impossible."""
     from models.resnet import check_depth
 
-    for option, values, least in (
-        ("iterations", [args.iterations], 1),
-        ("snapshots", [args.snapshots], 0),
-        ("seed", args.seed, 0),
-    ):
-        if min(values) < least:
-            raise Fault(f"--{option} {min(values)}: must be {least} or more", 2)
-    if max(args.seed) > LARGEST_SEED:
-        raise Fault(f"--seed {max(args.seed)}: must be {LARGEST_SEED} or less", 2)
-    for depth in args.depth:
+    bounds = {"iterations": (1, None), "snapshots": (0, None), "seed": (0, LARGEST_SEED)}
+    for name, (least, most) in bounds.items():
+        given: Any = getattr(options, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value < least:
+                raise ValueError(f"--{name} {value}: must be {least} or more")
+            if most is not None and value > most:
+                raise ValueError(f"--{name} {value}: must be {most} or less")
+    for depth in options.depth:
         try:
             check_depth(depth)
         except ValueError as error:
-            raise Fault(f"--depth {depth}: {error}", 2) from error
-    device = choose_device(args.device)
-    common = {
-        "iterations": args.iterations,
-        "decay": args.decay,
-        "snapshots": args.snapshots,
-        "device": device,
-    }
-    common["precision"] = choose_precision(args.precision, device)
+            raise ValueError(f"--depth {depth}: {error}") from error
+
+
+def make_recipes(options: Options) -> list[Recipe]:
+    """Return the runs that the options ask for. Without --kind, plain-110 is left out as in Fig. 7.
+
+    Raises ValueError if an option has an impossible value.
+    """
+    check(options)
+    device = choose_device(options.device)
+    precision = choose_precision(options.precision, device)
     return [
-        Recipe(kind, depth, seed=seed, warm_up=args.warm_up and depth < WARM_UP_DEPTH, **common)
-        for seed in args.seed
-        for depth in args.depth
-        for kind in args.kind or ("residual", "plain")
-        if args.kind or kind == "residual" or depth < WARM_UP_DEPTH
+        Recipe(
+            kind,
+            depth,
+            options.iterations,
+            options.decay,
+            seed,
+            device,
+            precision,
+            options.snapshots,
+            warm_up=options.warm_up and depth < WARM_UP_DEPTH,
+        )
+        for seed in options.seed
+        for depth in options.depth
+        for kind in options.kind or ("residual", "plain")
+        if options.kind or kind == "residual" or depth < WARM_UP_DEPTH
     ]
 
 
-def train_all(args: argparse.Namespace) -> None:
-    """Train what is asked for, one after another, but for what is finished."""
-    from models.training import loop as training
+def train_all(options: Options) -> None:
+    """Train all networks that the options ask for, one after another, except finished ones."""
+    from models.training import loop
+    from models.training.display import say
 
     data = functools.cache(load_data)
-    wanted = recipes(args)
-    for recipe in wanted:  # all of them first: the last one's is not told after days
-        training.check_folder(recipe, args.out / recipe.label)
+    wanted = make_recipes(options)
+    for recipe in wanted:  # all before the first: a mistake should not show after days
+        loop.check_folder(recipe, options.out / recipe.label)
     for recipe in wanted:
-        folder = args.out / recipe.label
+        folder = options.out / recipe.label
         finished = folder / f"{recipe.network}.safetensors"
         if finished.exists():
-            print(f"{recipe.label}: finished before, skipped ({finished})")
+            say(f"{recipe.label}: finished before, skipped ({finished})")
             continue
-        train, test = data(args.data)
-        with signals() as stop:
-            outcome = training.run(recipe, train, test, folder, stop)
-        print(f"{recipe.label}: {outcome} ({finished})", flush=True)
+        train, test = data(options.data)
+        with deferred_signals() as stop:
+            outcome = loop.run(recipe, train, test, folder, stop)
+        say(f"{recipe.label}: {outcome} ({finished})")
         if number := stop():
-            raise training.stopped(number, f"{folder} is finished")
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m models.train",
-        description="Train the CIFAR-10 networks of He et al., CVPR 2016, by the paper's recipe. An interrupted run "
-        "goes on where it was, a finished one is skipped.",
-    )
-    add = parser.add_argument
-    add(
-        "--depth",
-        type=int,
-        nargs="+",
-        default=[20, 56, 110],
-        metavar="N",
-        help="6n + 2 layers (20 56 110)",
-    )
-    add("--kind", nargs="+", choices=("residual", "plain"), help="default: both, but for plain-110")
-    add("--out", type=Path, default=Path("runs"), help="folder of the runs' folders (runs)")
-    add(
-        "--data",
-        type=Path,
-        metavar="PATH",
-        help="CIFAR-10, in any layout; otherwise it is looked for, or downloaded",
-    )
-    add("--iterations", type=int, default=64_000, metavar="N", help="of 128 images (64000)")
-    add(
-        "--decay",
-        choices=DECAY,
-        default="weights",
-        help="weights (default): not BN's gamma and beta",
-    )
-    add(
-        "--warm-up",
-        action="store_true",
-        help="at 0.01 until the error is below 80 %%, as 110 layers always do",
-    )
-    add("--seed", type=int, nargs="+", default=[0], metavar="N", help="(0)")
-    add("--device", default="auto", help="auto, cpu or cuda")
-    add(
-        "--precision",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="auto: bfloat16 where native",
-    )
-    add(
-        "--snapshots",
-        type=int,
-        default=9,
-        metavar="K",
-        help="kept networks, first and last included (9)",
-    )
-    add("--debug", action="store_true", help="show where a fault comes from")
-    return parser.parse_args(argv)
+            raise loop.Stopped(number, f"{folder} is finished")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; its exit status."""
-    args = parse(argv)
-    try:
-        with answered(end_at_once, signal.SIGTERM):
-            train_all(args)
-    except (Exception, KeyboardInterrupt) as error:
-        fault = as_fault(error)
-        if fault is None or (args.debug and not isinstance(error, KeyboardInterrupt)):
-            raise
-        print(f"models.train: {one_line(fault)}", file=sys.stderr)
-        return fault.status
-    return 0
+    """Run the command and return its exit status.
 
-
-def as_fault(error: BaseException) -> Fault | None:
-    """What the command says of an error, and its exit status; None where nothing but the traceback
-    helps.
+    0: all is trained. 1: a run diverged or could not be written. 2: bad input or too little memory.
+    128 + n: ended by signal n.
     """
-    if is_out_of_memory(error):
-        return Fault(out_of_memory(error, f"take another device, or end other programs; {KEPT}"), 2)
-    if isinstance(error, KeyboardInterrupt):
-        number = error.args[0] if error.args else signal.SIGINT
-        return Fault(at_once(number), 128 + number)
-    if isinstance(error, OSError):
-        return Fault(str(error))
-    return error if isinstance(error, Fault) else None
+    options = parse(argv)
+    try:
+        train_all(options)
+    except KeyboardInterrupt:
+        print(f"interrupted: {KEPT}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        from models.training.loop import Stopped
+
+        if isinstance(error, Stopped):
+            print(one_line(error), file=sys.stderr)
+            return 128 + error.number
+        short = is_out_of_memory(error)
+        expected = isinstance(error, ValueError | OSError | FloatingPointError)
+        if options.debug or not (short or expected):
+            raise
+        advice = f"choose another device or end other programs; {KEPT}"
+        print(
+            f"error: {one_line(out_of_memory(error, advice) if short else error)}", file=sys.stderr
+        )
+        return 2 if short or isinstance(error, ValueError) else 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
-"""The paper's recipe: all that decides a training run, and one iteration of it.
+"""The paper's recipe: everything that decides a training run, and one iteration of it.
 
     from models.training.recipe import Recipe, new_network, new_optimizer, new_step
     recipe = Recipe("residual", 20)
     network = new_network(recipe)
     step = new_step(network, new_optimizer(network, recipe), recipe)  # step(images, labels)
 
-He et al., CVPR 2016, section 4.2. A random choice depends on the seed and the iteration (or epoch)
-alone. Permutations of the training images follow each other without a gap: every batch is full, and
-one that straddles two epochs counts for the earlier.
+Source: He et al., CVPR 2016, section 4.2.
 """
 
 from __future__ import annotations
@@ -19,37 +17,31 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if TYPE_CHECKING:  # torch takes seconds to import, and --help does not need it: functions import it
+if TYPE_CHECKING:  # importing torch takes seconds, and --help does not need it
     import torch
     from torch import Tensor
 
     from models.resnet import ResNet
 
-    Step = Callable[
-        [Tensor, Tensor], Tensor
-    ]  # (N, 3, 32, 32), (N,) -> (2,): the loss, and how many were wrong
+    # (N, 3, 32, 32), (N,) -> (2,): the mean loss, and how many images were classified wrongly
+    Step = Callable[[Tensor, Tensor], Tensor]
 
-DECAY = ("weights", "weights+gamma", "all")
-WARM_UP_DEPTH = (
-    110  # from this depth on, or when asked to, training starts at a tenth of the learning rate ...
-)
-WARM_UP_ERROR = 80  # ... until the training error, %, is below this ...
-WARM_UP_WINDOW = 100  # ... over so many iterations
-PERMUTATION, CROP, STATISTICS = range(3)  # what randomness is for
-
-
-class Fault(Exception):
-    """What ends the command: one line for stderr, and the exit status (2 for bad input)."""
-
-    def __init__(self, message: str, status: int = 1) -> None:
-        super().__init__(message)
-        self.status = status
+DECAY = ("weights", "weights+gamma", "all")  # which parameters decay
+WARM_UP_DEPTH = 110  # networks from this depth on always warm up, at a tenth of the learning rate,
+WARM_UP_ERROR = 80  # until the training error, %, is below this
+WARM_UP_WINDOW = 100  # over this many iterations
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides a run. iterations: of `batch` images. decay: one of `DECAY`. snapshots: how
-    many are kept.
+    """Everything that decides a training run.
+
+    kind: `residual` or `plain`.
+    depth: layers with weights, 6n + 2.
+    iterations: training length, in batches.
+    decay: the parameters that decay, one of `DECAY`.
+    snapshots: how many networks are kept on the way.
+    warm_up: start at a tenth of the learning rate; deep networks do so in any case.
     """
 
     kind: str
@@ -61,10 +53,12 @@ class Recipe:
     precision: str = "float32"
     snapshots: int = 9
     batch: int = 128
-    lr: float = 0.1  # per 128-image batch; a tenth from 1/2 of the iterations, a hundredth from 3/4
+    lr: float = (
+        0.1  # per 128-image batch; a tenth after 1/2 of the iterations, a hundredth after 3/4
+    )
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    warm_up: bool = False  # below WARM_UP_DEPTH; from there on it goes without saying
+    warm_up: bool = False
 
     @property
     def warms_up(self) -> bool:
@@ -85,37 +79,17 @@ class Recipe:
         return network_name(self.kind, self.depth)
 
     def learning_rate(self, iteration: int, warming_up: bool) -> float:
-        """The learning rate of an iteration, counted from 0."""
+        """Return the learning rate of an iteration, counted from 0."""
         drops = (2 * iteration >= self.iterations) + (4 * iteration >= 3 * self.iterations)
         return self.lr / (1, 10, 100)[max(drops, warming_up)]
 
     def snapshot_iterations(self) -> set[int]:
-        """After how many iterations a snapshot is taken: `snapshots` of them, last, first and
-        evenly between.
-        """
+        """Return after which iterations a network is kept: the last, the first, evenly between."""
         return {round(iteration) for iteration in np.linspace(self.iterations, 0, self.snapshots)}
 
 
-def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the training images in an epoch, counted from 0."""
-    return np.random.default_rng([seed, PERMUTATION, epoch]).permutation(size)
-
-
-def batch_indices(
-    recipe: Recipe,
-    size: int,
-    iteration: int,
-    order: Callable[[int, int, int], np.ndarray] = permutation,
-) -> np.ndarray:
-    """Which of `size` images are in a batch: a slice of the permutations, one behind another."""
-    start = iteration * recipe.batch
-    first, last = start // size, (start + recipe.batch - 1) // size
-    stream = np.concatenate([order(size, recipe.seed, epoch) for epoch in range(first, last + 1)])
-    return stream[start - first * size :][: recipe.batch]
-
-
 def new_network(recipe: Recipe) -> ResNet:
-    """The network before its first iteration. Torch's global random state is left as it was."""
+    """Return the network before its first iteration, without using torch's global random state."""
     import torch
 
     from models.resnet import Config, ResNet
@@ -127,38 +101,35 @@ def new_network(recipe: Recipe) -> ResNet:
 
 
 def decay_groups(network: ResNet, recipe: Recipe) -> list[dict[str, Any]]:
-    """The parameters that are decayed, and those that are not: none, BN's betas, or its gammas and
-    betas.
-    """
+    """Return the parameters that decay and those that do not, as an optimizer takes them."""
     norms = [name for name, module in network.named_modules() if hasattr(module, "running_var")]
     betas, gammas = [f"{norm}.bias" for norm in norms], [f"{norm}.weight" for norm in norms]
     spared = {"weights": {*betas, *gammas}, "weights+gamma": {*betas}, "all": set()}[recipe.decay]
     named = dict(network.named_parameters())
+    decaying = [parameter for name, parameter in named.items() if name not in spared]
+    others = [parameter for name, parameter in named.items() if name in spared]
     return [
-        {
-            "params": [p for name, p in named.items() if name not in spared],
-            "weight_decay": recipe.weight_decay,
-        },
-        {"params": [p for name, p in named.items() if name in spared], "weight_decay": 0.0},
+        {"params": decaying, "weight_decay": recipe.weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
 
 
 def new_optimizer(network: ResNet, recipe: Recipe) -> torch.optim.SGD:
-    """SGD. Its momentum is there from the start, as zeros, and its learning rate is a tensor, which
-    a graph reads.
+    """Return SGD whose momentum exists from the start, as zeros.
+
+    Its learning rate is a tensor, so that a captured CUDA graph reads the current value.
     """
     import torch
 
-    lr = torch.tensor(recipe.lr, device=recipe.device)
-    optimizer = torch.optim.SGD(
-        decay_groups(network, recipe), lr=lr, momentum=recipe.momentum, fused=True
-    )
+    groups, lr = decay_groups(network, recipe), torch.tensor(recipe.lr, device=recipe.device)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, fused=True)
     for parameter in network.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
 def autocast(recipe: Recipe) -> torch.autocast:
+    """Return the context in which a network computes in the precision of a recipe."""
     import torch
 
     reduced = recipe.precision == "bfloat16"
@@ -166,7 +137,7 @@ def autocast(recipe: Recipe) -> torch.autocast:
 
 
 def new_step(network: ResNet, optimizer: torch.optim.SGD, recipe: Recipe) -> Step:
-    """One iteration of training, as a function of images and labels."""
+    """Return one iteration of training as a function of images and labels."""
     import torch
     import torch.nn.functional as F
 
@@ -184,16 +155,16 @@ def new_step(network: ResNet, optimizer: torch.optim.SGD, recipe: Recipe) -> Ste
 
 @contextmanager
 def compiled_blocks(network: ResNet) -> Iterator[None]:
-    """Inside the block each residual or plain block is compiled: BN, addition and ReLU become few
-    kernels on a GPU.
+    """Compile every block inside the context, which fuses BN, addition and ReLU on a GPU.
 
-    One compilation serves all blocks of a shape, so deep networks take no longer than shallow ones.
+    All blocks of one shape share a compilation, so a deep network takes no longer than a shallow
+    one. On CPUs this does not help: a bfloat16 step of plain-56 took 1.5 times as long.
     """
     import torch
 
     from models.resnet import BasicBlock
 
-    torch.compiler.reset()  # what earlier networks needed counts towards the most that torch compiles of one function
+    torch.compiler.reset()  # torch limits how often it compiles one function, over all networks
     blocks = [module for module in network.modules() if isinstance(module, BasicBlock)]
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=False)  # type: ignore[method-assign]
@@ -205,10 +176,9 @@ def compiled_blocks(network: ResNet) -> Iterator[None]:
 
 
 class CapturedStep:
-    """A step as one CUDA graph: a GPU need not wait for Python to start each of its many small
-    kernels.
+    """A step captured as one CUDA graph: the GPU need not wait for Python to start each kernel.
 
-    tensors: all that a step changes; the trial steps before the capture leave them as they were.
+    tensors: everything that a step changes; the trial steps before the capture are undone.
     """
 
     def __init__(self, step: Step, x: Tensor, y: Tensor, tensors: list[Tensor]) -> None:
@@ -235,21 +205,28 @@ class CapturedStep:
         return self.result.clone()
 
 
-def recompute_statistics(network: ResNet, x: Tensor) -> None:
-    """Make BN's statistics those of one batch (N, 3, H, W) in one pass, each layer's behind the
-    layers before it.
+def recompute_statistics(
+    network: ResNet, x: Tensor, after_layer: Callable[[], None] = lambda: None
+) -> None:
+    """Set BN's statistics to those of one batch, in one pass; each layer's depend on those before.
 
-    In torch's default memory format: there BN sums in double precision on a CPU, in channels_last
-    in single, which costs a variance over 10,000 images up to 0.6 % (resnet-20).
+    The pass uses torch's default memory format: on a CPU, BN then sums in double precision. In
+    channels_last it sums in single precision, which changes a variance over 10,000 images by up to
+    0.6 % (resnet-20).
+
+    x: images (N, 3, H, W).
+    after_layer: called after every BN.
     """
     import torch
 
     norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    hooks = [norm.register_forward_hook(lambda *_: after_layer()) for norm in norms]
     for norm in norms:
-        norm.momentum = 1.0  # of the new statistics
+        norm.momentum = 1.0  # the weight of the new statistics
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     with torch.no_grad():
         network.train()(x.contiguous())
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    for norm in norms:
-        norm.momentum = 0.1  # as it was
+    for norm, hook in zip(norms, hooks, strict=True):
+        norm.momentum = 0.1  # torch's default, as in training
+        hook.remove()
