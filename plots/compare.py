@@ -21,6 +21,7 @@ from plots.style import (
     note_computed,
     own_style,
     scale_std,
+    shared_top,
     styles,
     write_note,
 )
@@ -55,7 +56,7 @@ def draw_compare(curves: Frames, differences: Frames, *, axes: Any = None) -> Fi
         frame = label_entries(curves)
         looks = styles(frame, distinct=True)
         parts = [differences] if isinstance(differences, pd.DataFrame) else list(differences)
-        relative = frame.groupby("network")["layer"].max().nunique() > 1
+        relative = len(set(frame.groupby("network")["layer"].max())) > 1
         figure, panels = make_panels(axes, (PAGE, 5.4), 3, height_ratios=(3, 2, 3))
         for panel, order in zip(panels[::2], ORDERS, strict=False):
             members = frame.groupby("network", sort=False)
@@ -121,6 +122,9 @@ def draw_differences(
         panel.plot(x, layers["sure"], **look)
     panel.set_ylabel(f"std minus {display_name(str(frame['first'].iloc[0]))}")
     panel.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    limit = 1.1 * shared_top(frame["difference"].abs().groupby(frame["second"]).max().tolist())
+    low, high = panel.get_ylim()
+    panel.set_ylim(max(low, -limit), min(high, limit))
     name_largest(panel, frame, looks)
 
 

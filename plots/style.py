@@ -37,6 +37,7 @@ RC: Any = {  # on top of matplotlib's defaults, for drawing and for saving
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
+    "axes.labelpad": 2,
     "axes.linewidth": 0.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
