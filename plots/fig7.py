@@ -130,9 +130,11 @@ def draw_curves(
     panel: Axes, frame: pd.DataFrame, looks: Looks, order: str, style: dict[str, Any] | None = None
 ) -> list[Line2D]:
     """Draw a curve for every network and source. Returns the curves."""
+    lines: list[Line2D] = []
+    if frame.empty:
+        return lines
     both = frame.groupby("network")["source"].nunique()
-    step = max(1, round(frame["layer"].max() / MARKED)) if len(frame) else 1
-    lines = []
+    step = max(1, round(frame["layer"].max() / MARKED))
     for (network, source), layers in frame.groupby(["network", "source"], sort=False):
         points = arrange(layers, order)
         x = np.sort(points["layer"].to_numpy(float))

@@ -22,8 +22,7 @@ function make(tag, attributes = {}, ...children) {
 }
 
 function format(value) {
-  if (typeof value !== "number" || Number.isInteger(value)) return String(value);
-  return Math.abs(value) >= 1e-3 && Math.abs(value) < 1e5 ? value.toFixed(4) : value.toExponential(3);
+  return value === 0 || Math.abs(value) >= 1e-3 && Math.abs(value) < 1e5 ? value.toFixed(4) : value.toExponential(3);
 }
 
 // The stroke of a network's curves; black takes the colour of the text, which is white in the dark.
@@ -119,9 +118,9 @@ function draw() {
   const box = {x: from, y: top, width: to - from, height: bottom - top};
   const panel = make("svg", {...box, viewBox: Object.values(box).join(" ")});  // what leaves it is clipped
   const trace = points => points.map((point, i) => `${i ? "L" : "M"}${x(point.x).toFixed(1)} ${y(point.y).toFixed(1)}`).join("");
-  for (const {points, style} of paper) panel.append(stroke(trace(points), {...style, "stroke-width": .8, "stroke-opacity": .6}));
+  for (const {points, style} of paper) panel.append(stroke(trace(points), {...style, "stroke-width": .8, "stroke-opacity": .7}));
   for (const {points, style} of own) {
-    panel.append(stroke(trace(points), {...style, "stroke-width": 2}));
+    panel.append(stroke(trace(points), {...style, "stroke-width": width < 600 ? 1.4 : 2}));
     const highest = points.reduce((a, b) => b.y > a.y ? b : a, {y: high});
     if (highest.x >= left && highest.x <= right) write(`\u2191 ${highest.y.toPrecision(3)}`, {x: x(highest.x), y: 12, fill: style.stroke, "text-anchor": "start"});
   }
@@ -146,7 +145,7 @@ function show(curve, point) {
   scene.svg.append(scene.stroke(`M${x} 0V${y - 5}`, {class: "mark", "stroke-opacity": .4}));
   scene.svg.append(make("circle", {class: "mark", cx: x, cy: y, r: 5, fill: "none", stroke: "currentColor", "stroke-width": 1.5}));
   const facts = [...data.quantities, "iteration", "member", "stage", "name", "source"].filter(key => get(point.row, key) !== null);
-  const texts = facts.map(key => `${key} ${format(get(point.row, key))}`);
+  const texts = facts.map(key => `${key} ${data.quantities.includes(key) ? format(get(point.row, key)) : get(point.row, key)}`);
   const paper = paperCurve(curve.network).find(other => other.x === point.x);
   if (paper) texts.splice(1, 0, `the paper: ${format(paper.y)}`);
   if (get(point.row, "std_error") !== null) texts[0] += ` \u00b1 ${format(get(point.row, "std_error"))}`;

@@ -166,17 +166,14 @@ def write_number(value: float) -> str:
 
 
 def write_verdicts(verdicts: pd.DataFrame) -> str:
-    """Return the sentences as a list, each with its verdict, under the statement that they judge."""
+    """Return the sentences as a list, each with its verdict, below the statement they judge."""
+    columns = ["statement", "verdict", "sentence"]
+    rows = verdicts.reindex(columns=columns, fill_value="").fillna("").map(escape)
     lines = []
-    last = None
-    for row in verdicts.to_dict("records"):
-        if row.get("statement") != last:
-            last = row["statement"]
-            lines.append(f"<li><strong>{escape(last)}</strong></li>")
-        verdict = escape(row.get("verdict") or "")
-        lines.append(
-            f'<li data-verdict="{verdict}"><b>{verdict}</b> {escape(row["sentence"])}</li>'
-        )
+    for statement, judged in rows.groupby("statement", sort=False):
+        lines += [f"<li><strong>{statement}</strong></li>"] if statement else []
+        for verdict, sentence in zip(judged["verdict"], judged["sentence"], strict=True):
+            lines.append(f'<li data-verdict="{verdict}"><b>{verdict}</b> {sentence}</li>')
     return "\n".join(['<ul class="verdicts">', *lines, "</ul>"])
 
 
@@ -188,7 +185,7 @@ def write_tree(entry: Any) -> str:
     """Return nested mappings and lists as nested HTML lists; what is empty is left out."""
     if isinstance(entry, Mapping):
         parts = [
-            f"<dt>{escape(str(key).replace('_', ' '))}</dt><dd>{write_tree(value)}</dd>"
+            f"<dt>{escape(str(key))}</dt><dd>{write_tree(value)}</dd>"
             for key, value in entry.items()
             if value not in (None, "", [], {})
         ]
