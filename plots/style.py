@@ -113,7 +113,7 @@ def gather(frames: pd.DataFrame | Iterable[pd.DataFrame], *needed: str) -> pd.Da
         if missing := [column for column in needed if column not in part]:
             found = ", ".join(map(str, part)) or "no columns"
             raise ValueError(f"the frame has no column {missing[0]!r}; it has {found}")
-        part = part.dropna(axis="columns", how="all")
+        part = part[[key for key in part if key in needed or part[key].notna().any()]]
         computed = "norm" in part and "count" not in part  # as models.closed_form returns it
         defaults = OPTIONAL | {"source": "batchnorm" if computed else "hooks"}
         part = part.assign(**{key: defaults[key] for key in defaults if key not in part})
@@ -288,7 +288,7 @@ def show_clipped(panel: Axes, lines: Sequence[Line2D]) -> None:
 
 def note_computed(figure: Figure, networks: pd.Series[str], sources: pd.Series[str]) -> None:
     """Say below a figure which of its networks are computed, not measured."""
-    computed = sources == "batchnorm"
+    computed = ~networks.isin(networks[sources != "batchnorm"])
     names = ", ".join(map(display_name, networks[computed].unique()))
     if computed.any():
         write_note(figure, COMPUTED if computed.all() else f"{names}: {COMPUTED}")
