@@ -6,19 +6,17 @@ draw_benchmark(frame).savefig("benchmark.pdf")
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from plots.style import COLUMN, add_legend, gather, make_panels, own_style, styles
+from plots.style import COLUMN, EMPTY, Frames, add_legend, gather, make_panels, own_style, styles
 
 TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100)
 
 
-def draw_benchmark(frames: pd.DataFrame | Sequence[pd.DataFrame], *, axes: Any = None) -> Figure:
+def draw_benchmark(frames: Frames, *, axes: Any = None) -> Figure:
     """Draw one row a way of measuring, one mark a network: its time over a plain forward pass.
 
     frames: a frame, or one a network: columns network, way, ratio (1 for the plain forward pass;
@@ -29,6 +27,8 @@ def draw_benchmark(frames: pd.DataFrame | Sequence[pd.DataFrame], *, axes: Any =
     """
     with own_style():
         known = gather(frames, "network", "way", "ratio").dropna(subset="ratio")
+        if known.empty:
+            raise ValueError(EMPTY)
         ways = list(dict.fromkeys(known["way"]))
         looks = styles(known, distinct=True)
         figure, [panel] = make_panels(axes, (COLUMN, 0.9 + 0.24 * len(ways)))

@@ -14,6 +14,9 @@ from matplotlib.ticker import MaxNLocator
 
 from plots.style import (
     PAGE,
+    Frames,
+    Looks,
+    Style,
     add_legend,
     display_name,
     gather,
@@ -26,11 +29,9 @@ from plots.style import (
     write_note,
 )
 
-Looks = dict[str, dict[str, Any]]
-Frames = pd.DataFrame | Sequence[pd.DataFrame]
 ORDERS = ("original", "sorted by magnitude")
 ERRORS = 2  # a difference of fewer standard errors is not drawn as one
-PALE = {"linewidth": 0.5, "alpha": 0.5, "marker": ""}
+PALE: Style = {"linewidth": 0.5, "alpha": 0.5, "marker": ""}
 
 
 def draw_compare(curves: Frames, differences: Frames, *, axes: Any = None) -> Figure:

@@ -7,7 +7,6 @@ draw_decomposition(frame).savefig("decomposition.pdf")
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from textwrap import wrap
 from typing import Any
 
@@ -21,6 +20,8 @@ from matplotlib.ticker import MaxNLocator
 from plots.style import (
     COLUMN,
     PAGE,
+    Frames,
+    Style,
     add_legend,
     display_name,
     gather,
@@ -30,16 +31,14 @@ from plots.style import (
     shared_top,
 )
 
-WITHIN = {
+WITHIN: Style = {
     "facecolor": "#a8cbe6",
     "label": "within²: spread inside the channels (\N{GREEK SMALL LETTER GAMMA})",
 }
-BETWEEN = {"facecolor": "#d55e00", "label": "between²: the channels' offsets (β)"}
+BETWEEN: Style = {"facecolor": "#d55e00", "label": "between²: the channels' offsets (β)"}
 
 
-def draw_decomposition(
-    frames: pd.DataFrame | Sequence[pd.DataFrame], *, axes: Any = None
-) -> Figure:
+def draw_decomposition(frames: Frames, *, axes: Any = None) -> Figure:
     """Draw a small panel a network: within² and, stacked on it, between²; the upper edge is std².
 
     frames: a frame, or one a network: columns layer, std, within; if there, network, stage and

@@ -15,11 +15,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
 
 from plots.style import (
     COLUMN,
     COMPUTED,
+    Frames,
+    Style,
     display_name,
     gather,
     make_panels,
@@ -33,7 +35,7 @@ WIDE, NARROW = 0.18, 0.1  # shares of the axis that "lr = 0.01" and "0.01" need
 
 
 def draw_dynamics(
-    frames: pd.DataFrame | Sequence[pd.DataFrame],
+    frames: Frames,
     epochs: pd.DataFrame | None = None,
     steps: Sequence[tuple[int, float]] = (),
     *,
@@ -62,7 +64,7 @@ def draw_dynamics(
         stds = frame.pivot_table(index="layer", columns="iteration", values="std")
         computed = bool((frame["source"] == "batchnorm").all())
         line, note = choose_line(stds.mean(), epochs, computed)
-        shape = {"sharex": True, "height_ratios": (5, 3)}
+        shape: Style = {"sharex": True, "height_ratios": (5, 3)}
         figure, (upper, lower) = make_panels(axes, (COLUMN, 3.3), 2, **shape)
         draw_map(upper, stds, frame, span=line.index.max() - line.index.min())
         draw_mean(lower, stds.mean(), line)
@@ -93,7 +95,7 @@ def draw_map(panel: Axes, stds: pd.DataFrame, frame: pd.DataFrame, span: float) 
     bar = panel.figure.colorbar(cells, ax=panel, location="top", aspect=40, pad=0.02)
     bar.locator = LogLocator(subs=(1, 2, 5)) if steep else MaxNLocator(5, steps=[1, 2, 5, 10])
     if steep:
-        bar.formatter = "{x:g}"
+        bar.formatter = StrMethodFormatter("{x:g}")
     bar.minorticks_off()
     bar.ax.tick_params(direction="out")
     label = f"std of {display_name(str(frame['network'].iloc[0]))}'s layers"
@@ -144,5 +146,5 @@ def draw_steps(panel: Axes, steps: Sequence[tuple[int, float]]) -> None:
         if start > max(left, 0):
             panel.axvline(start, color="0.6", linewidth=0.5, zorder=0)
         label = f"lr = {rate:g}" if share > WIDE else f"{rate:g}" if share > NARROW else ""
-        place = {"xycoords": panel.get_xaxis_transform(), "textcoords": "offset points"}
+        place: Style = {"xycoords": panel.get_xaxis_transform(), "textcoords": "offset points"}
         panel.annotate(label, (start, 1), (1, 1), fontsize=6.5, verticalalignment="bottom", **place)

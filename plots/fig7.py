@@ -20,6 +20,9 @@ from matplotlib.ticker import MaxNLocator
 from plots.style import (
     COLUMN,
     PAGE,
+    Frames,
+    Looks,
+    Style,
     add_legend,
     check_choice,
     gather,
@@ -31,20 +34,25 @@ from plots.style import (
     write_note,
 )
 
-Looks = dict[str, dict[str, Any]]
 ORDERS = ("original", "sorted by magnitude")
 SIZES = {"column": (COLUMN, 3.5), "wide": (PAGE, 3.9), "slide": (16 / 3, 3.0)}  # inches
-PAPER = {"linewidth": 0.4, "markersize": 1.6, "marker": ".", "markeredgewidth": 0, "alpha": 0.55}
-FORMULA = {"linewidth": 0.8, "dashes": (1.0, 1.0), "marker": ""}
+PAPER: Style = {
+    "linewidth": 0.4,
+    "markersize": 1.6,
+    "marker": ".",
+    "markeredgewidth": 0,
+    "alpha": 0.55,
+}
+FORMULA: Style = {"linewidth": 0.8, "dashes": (1.0, 1.0), "marker": ""}
 SPARSE = (1.0, 3.0)  # dashes of a plain network's closed form, which may have a ResNet's colour
-RING = {"marker": "o", "markersize": 4.5, "markerfacecolor": "none", "markeredgewidth": 0.5}
-BAND = {"alpha": 0.2, "linewidth": 0}
+RING: Style = {"marker": "o", "markersize": 4.5, "markerfacecolor": "none", "markeredgewidth": 0.5}
+BAND: Style = {"alpha": 0.2, "linewidth": 0}
 GREY = "0.3"
 MARKED = 10  # markers on the longest curve
 
 
 def draw_fig7(
-    frames: pd.DataFrame | Sequence[pd.DataFrame],
+    frames: Frames,
     paper: pd.DataFrame | None = None,
     *,
     note: str = "",
@@ -86,7 +94,7 @@ def draw_fig7(
         theirs = match_paper(frame, paper)
         apart = len(theirs) > 0 and size == "wide" and axes is None
         shape = (1, 2) if size == "wide" and not apart else (2, 1 + apart)
-        options: dict[str, Any] = {} if axes is not None else {"sharey": True}
+        options: Style = {} if axes is not None else {"sharey": True}
         figure, panels = make_panels(axes, SIZES[size], *shape, **options)
         ours = panels[1::2] if apart else panels
         behind = panels[::2] if apart else panels
@@ -127,7 +135,7 @@ def arrange(layers: pd.DataFrame, order: str) -> pd.DataFrame:
 
 
 def draw_curves(
-    panel: Axes, frame: pd.DataFrame, looks: Looks, order: str, style: dict[str, Any] | None = None
+    panel: Axes, frame: pd.DataFrame, looks: Looks, order: str, style: Style | None = None
 ) -> list[Line2D]:
     """Draw a curve for every network and source. Returns the curves."""
     lines: list[Line2D] = []

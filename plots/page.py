@@ -23,7 +23,7 @@ import pandas as pd
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from plots.style import OPTIONAL, styles
+from plots.style import OPTIONAL, Looks, styles
 
 FIRST = (  # the columns to be read first
     *("network", "member", "iteration", "lr", "layer", "addition", "std", "std_error", "ratio"),
@@ -67,7 +67,7 @@ def make_page(
     }
     script = pieces["page.js"]
     table = order_columns(table)
-    looks = next((figure.looks for _, figure in figures if hasattr(figure, "looks")), {})
+    looks: Looks = next((figure.looks for _, figure in figures if hasattr(figure, "looks")), {})
     data = json.dumps(embed(title, table, looks, paper), separators=(",", ":"))
     parts = {
         "title": escape(title),
@@ -93,7 +93,7 @@ def order_columns(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def embed(
-    title: str, table: pd.DataFrame, looks: Mapping[str, Any], paper: pd.DataFrame | None
+    title: str, table: pd.DataFrame, looks: Looks, paper: pd.DataFrame | None
 ) -> dict[str, Any]:
     """Return what the script draws from, as JSON can hold it; rows are those of the table."""
     full = table.assign(**{key: OPTIONAL[key] for key in ("kind", "depth") if key not in table})

@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from textwrap import wrap
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import matplotlib as mpl
 import numpy as np
@@ -15,6 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+Style: TypeAlias = dict[str, Any]  # properties of a line
+Looks: TypeAlias = dict[str, Style]  # by network
+Frames: TypeAlias = pd.DataFrame | Sequence[pd.DataFrame]
 
 COLUMN, PAGE = 3.3, 6.9  # inches: one column and both columns of a CVPR page
 PALETTES: dict[str, dict[int, str]] = {  # colours by depth
@@ -28,7 +32,14 @@ DASHES = {"plain": (3.0, 1.2)}  # in line widths; all other kinds are solid
 LONGEST = 40  # characters of a label; longer ones lose their middle
 FLAT = 3.0  # times the median of the curves' maxima: a higher curve would flatten the others
 COMPUTED = "closed form from BN's tensors, not measured on images"
-OPTIONAL = {"network": "network", "kind": "other", "depth": 0, "stage": 1, "dominated": False}
+OPTIONAL: Style = {
+    "network": "network",
+    "kind": "other",
+    "depth": 0,
+    "stage": 1,
+    "dominated": False,
+}
+EMPTY = "an empty frame: there is nothing to draw"
 KEYS = ["network", "source", "member", "iteration"]  # a layer occurs once for each of these
 
 RC: Any = {  # on top of matplotlib's defaults, for drawing and for saving
@@ -81,7 +92,7 @@ class Drawing(Figure):
     looks: line properties by network, for a page that draws the same networks again.
     """
 
-    looks: dict[str, dict[str, Any]]
+    looks: Looks
 
     def draw(self, renderer: Any) -> None:
         """Draw in the project's style: matplotlib makes ticks as late as this."""
@@ -99,7 +110,7 @@ class Drawing(Figure):
         return content.getvalue()
 
 
-def gather(frames: pd.DataFrame | Iterable[pd.DataFrame], *needed: str) -> pd.DataFrame:
+def gather(frames: Frames, *needed: str) -> pd.DataFrame:
     """Return one frame of one or several, with all columns that the figures read.
 
     frames: a frame, or frames of several networks. Labels that repeat get a number.
@@ -118,13 +129,13 @@ def gather(frames: pd.DataFrame | Iterable[pd.DataFrame], *needed: str) -> pd.Da
         defaults = OPTIONAL | {"source": "batchnorm" if computed else "hooks"}
         part = part.assign(**{key: defaults[key] for key in defaults if key not in part})
         labels, number = part["network"].astype(str), 1
-        while seen & (found := rows_of(part)):
+        while seen & (rows := rows_of(part)):
             number += 1
             part = part.assign(network=labels + f" ({number})")
-        seen |= found
+        seen |= rows
         parts.append(part)
     if sum(map(len, parts)) == 0:
-        raise ValueError("an empty frame: there is nothing to draw")
+        raise ValueError(EMPTY)
     frame = pd.concat(parts, ignore_index=True)
     return frame.assign(network=frame["network"].astype(str), depth=frame["depth"].fillna(0))
 
@@ -135,9 +146,7 @@ def rows_of(part: pd.DataFrame) -> set[tuple[Any, ...]]:
     return set(keys.astype(str).itertuples(index=False, name=None))
 
 
-def styles(
-    frame: pd.DataFrame, palette: str = "paper", distinct: bool = False
-) -> dict[str, dict[str, Any]]:
+def styles(frame: pd.DataFrame, palette: str = "paper", distinct: bool = False) -> Looks:
     """Return the line properties of every network of a frame: one colour each.
 
     frame: columns network, kind and depth. The first network of a kind and depth gets the
@@ -148,7 +157,7 @@ def styles(
     check_choice("palette", palette, PALETTES)
     networks = frame.drop_duplicates("network")[["network", "kind", "depth"]]
     taken: set[Any] = set()
-    result: dict[str, dict[str, Any]] = {}
+    result: Looks = {}
     for network, kind, depth in networks.itertuples(index=False):
         color = PALETTES[palette].get(depth) if kind in ("residual", "plain") else None
         key = color if distinct else (color, kind)
@@ -212,9 +221,7 @@ def make_panels(
     return cast(Figure, panels[0].figure), panels
 
 
-def add_legend(
-    figure: Figure, panel: Axes, looks: dict[str, dict[str, Any]], others: Sequence[Any] = ()
-) -> None:
+def add_legend(figure: Figure, panel: Axes, looks: Looks, others: Sequence[Any] = ()) -> None:
     """Put one legend above all panels of a figure; in a caller's figure, into the first panel.
 
     looks: line properties by network. others: handles of what else there is to explain.
