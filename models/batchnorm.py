@@ -48,7 +48,7 @@ def closed_form(
     """
     import pandas as pd
 
-    state = network.state_dict() if isinstance(network, nn.Module) else network
+    state = fetch_vectors(network.state_dict() if isinstance(network, nn.Module) else network)
     modules = dict(network.named_modules()) if isinstance(network, nn.Module) else {}
     rows: list[dict[str, object]] = []
     ambiguous: list[str] = []
@@ -86,6 +86,18 @@ def closed_form(
     ]
     frame.attrs |= {"ambiguous": ambiguous, "unpaired": unpaired, "sorted": is_sorted(state)}
     return frame
+
+
+def fetch_vectors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict whose vectors of numbers are on the CPU: one transfer from each device."""
+    fetched = dict(state)
+    vectors = {name: x for name, x in state.items() if x.ndim == 1 and x.is_floating_point()}
+    for device in {x.device for x in vectors.values()}:
+        names = [name for name, x in vectors.items() if x.device == device]
+        together = torch.cat([vectors[name] for name in names]).cpu()
+        parts = torch.split(together, [len(vectors[name]) for name in names])
+        fetched |= zip(names, parts, strict=True)
+    return fetched
 
 
 def describe(
