@@ -22,6 +22,7 @@ class RecorderCallback(Callback):
         self.recorder = Recorder(pl_module, **self.options)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if values := self.recorder.record(trainer.global_step):
+        step = trainer.global_step  # 0 while the gradients of the first step are accumulated
+        if step and (values := self.recorder.record(step)):
             for logger in trainer.loggers:
-                logger.log_metrics(values, step=trainer.global_step)
+                logger.log_metrics(values, step=step)

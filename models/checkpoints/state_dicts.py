@@ -35,6 +35,7 @@ WRAPPERS = (
     "weights",
     "module",
 )
+STEPS = ("step", "global_step", "iteration", "epoch")  # how training scripts call their progress
 EMA_WRAPPERS = ("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema")
 INSIDE = (
     "_orig_mod.",
@@ -130,9 +131,10 @@ def read_pickle(path: Path, ema: bool) -> tuple[dict[str, Tensor], dict[str, Any
             keys = ", ".join(key if isinstance(key, str) else type(key).__name__ for key in content)
         looked = ", ".join([*WRAPPERS, *EMA_WRAPPERS])
         raise ValueError(f"{path}: no state dict in it; looked under {looked} and found {keys}")
+    card = {key: content[key] for key in STEPS if type(content.get(key)) is int}
     if average is None:
-        return state, {}, ""
-    return state, {}, "EMA copy" if state is average else "not its EMA copy, which --ema takes"
+        return state, card, ""
+    return state, card, "EMA copy" if state is average else "not its EMA copy, which --ema takes"
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
