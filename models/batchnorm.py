@@ -59,7 +59,7 @@ def closed_form(
     """
     import pandas as pd
 
-    state = network.state_dict() if isinstance(network, nn.Module) else network
+    state = fetch_vectors(network.state_dict() if isinstance(network, nn.Module) else network)
     modules = dict(network.named_modules()) if isinstance(network, nn.Module) else {}
     pairs = Pairs(state)
     idle = idle_norms(state, pairs.norms)
@@ -103,6 +103,18 @@ def closed_form(
         "eps_effect": effect,
     }
     return frame
+
+
+def fetch_vectors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict whose vectors are on the CPU, after one transfer from a GPU."""
+    vectors = {
+        name: x for name, x in state.items() if x.ndim == 1 and x.is_floating_point() and x.is_cuda
+    }
+    if not vectors:
+        return dict(state)
+    together = torch.cat(list(vectors.values())).cpu()
+    parts = torch.split(together, [len(x) for x in vectors.values()])
+    return {**state, **dict(zip(vectors, parts, strict=True))}
 
 
 def read_norm(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from models.checkpoints.pickles import Unreadable
-from models.data.preprocessing import PADDINGS, PER_PIXEL, PRESETS, Preprocessing, preset
+from models.data.preprocessing import PADDINGS, PER_PIXEL, PRESETS, Preprocessing
 from models.files import replacing
 from models.resnet import OPTIONS, ResNet
 
@@ -100,19 +99,3 @@ def stored_preprocessing(tensors: dict[str, Tensor], card: dict[str, Any]) -> Pr
     if not all(torch.equal(*pair) for pair in ((found.mean, named.mean), (found.std, named.std))):
         raise ValueError(f"its card says {found.name}, and its mean and std are not those: damaged")
     return found
-
-
-def parse_normalize(text: str | None) -> Preprocessing | str | None:
-    """Return the preprocessing that a name or numbers mean; the name itself if it is `per-pixel`."""
-    if text is None or text == PER_PIXEL:
-        return text
-    if text in PRESETS:
-        return PRESETS[text]
-    number = r"-?\d+(?:\.\d+)?"
-    if re.fullmatch(rf"{number}(,{number}){{2}}/{number}(,{number}){{2}}", text):
-        mean, std = (tuple(map(float, part.split(","))) for part in text.split("/"))
-        return preset(text, mean, std)  # type: ignore[arg-type]
-    raise ValueError(
-        f"unknown preprocessing {text!r}: one of {', '.join([*PRESETS, PER_PIXEL])}, or numbers "
-        "MEAN,MEAN,MEAN/STD,STD,STD"
-    )

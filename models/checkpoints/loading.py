@@ -14,7 +14,6 @@ card says is checked by the images, too.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -30,7 +29,6 @@ from models.checkpoints.cards import (
     MEAN,
     STD,
     check_card,
-    parse_normalize,
     read_card,
     save,
     stored_preprocessing,
@@ -51,16 +49,22 @@ from models.checkpoints.state_dicts import (
     choose_weights,
     rename,
 )
-from models.data.preprocessing import PER_PIXEL, Preprocessing, mean_image, per_pixel
+from models.data.preprocessing import (
+    PER_PIXEL,
+    Preprocessing,
+    mean_image,
+    parse_normalize,
+    per_pixel,
+)
 from models.resnet import OPTIONS, SIZES, ResNet, config_of
 
+PROGRESS = ("step", "global_step", "iteration", "epoch")  # the finest first
 __all__ = [
     "Candidates",
     "Checkpoint",
     "CheckpointFile",
     "Known",
     "load",
-    "parse_normalize",
     "read",
     "save",
 ]
@@ -68,13 +72,17 @@ __all__ = [
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """A file that was read: its tensors, which own their memory, its card, its SHA-256."""
+    """A file that was read: its tensors, which own their memory, its card, its SHA-256.
+
+    progress: whole numbers that training scripts keep beside the weights, such as `global_step`.
+    """
 
     path: Path
     digest: str
     tensors: dict[str, Tensor]
     card: dict[str, Any]
     weights_note: str
+    progress: dict[str, int]
 
     def candidates(
         self,
@@ -96,7 +104,7 @@ class CheckpointFile:
             check_card(self.card)
             state = {name: x for name, x in self.tensors.items() if name not in (MEAN, STD)}
             models, renamed = self.find_models(state, kind, model, need_model)
-            given = parse_normalize(normalize)
+            given = None if normalize is None else parse_normalize(normalize)
             stored = stored_preprocessing(self.tensors, self.card)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
@@ -165,6 +173,12 @@ class Candidates:
     kind_known: Known
     given: Preprocessing | str | None
     stored: Preprocessing | None
+
+    @property
+    def side(self) -> int | None:
+        """Height and width in pixels of the images that the network takes, if it is one of ours."""
+        config = config_of(self.models[0]) if self.models else None
+        return None if config is None else SIZES[config.images]
 
     def choose(
         self, images: np.ndarray | None = None, *, likely_kind: str | None = None
@@ -251,7 +265,15 @@ def read(path: str | Path, *, weights: str | None = None, ema: bool = False) -> 
         tensors = materialise(chosen.tensors, content, len(data))
         check_plain(tensors)
         card = read_card(content.metadata, tensors)
-    return CheckpointFile(path, hashlib.sha256(data).hexdigest(), tensors, card, chosen.note)
+        progress = progress_in(content.tree)
+    digest = hashlib.sha256(data).hexdigest()
+    return CheckpointFile(path, digest, tensors, card, chosen.note, progress)
+
+
+def progress_in(tree: Any) -> dict[str, int]:
+    """Return how far a training was, as far as its script keeps it beside the weights."""
+    found = {key: tree.get(key) for key in PROGRESS} if isinstance(tree, dict) else {}
+    return {key: value for key, value in found.items() if type(value) is int and value >= 0}
 
 
 def load(
@@ -273,9 +295,7 @@ def load(
     >>> checkpoint.config.name, checkpoint.preprocessing.name, checkpoint.how_kind()
     ('resnet-20', 'per-pixel', 'card')
     """
-    named = {re.sub(r"\W", "", name): name for name in zoo.shipped()}
-    name = named.get(re.sub(r"[\W_]", "", str(path)).lower())
-    if name is not None and not Path(path).exists():
+    if not Path(path).exists() and (name := zoo.spelling(str(path))):
         path = zoo.find(name)
     file = read(path, weights=weights, ema=ema)
     options: dict[str, Any] = {"kind": kind, "normalize": normalize, "need_model": need_model}

@@ -623,7 +623,10 @@ BAD = {
         r"not tuple of 3 \(torch.float32, torch.int64, tor",
     ),
     "a string": ("images", r"no images in a batch of type str: a batch is a tensor of norm"),
-    "an array": ([np.zeros((4, 4, 8, 8))], "no images in a batch of type ndarray: a batch is a tensor of"),
+    "an array": (
+        [np.zeros((4, 4, 8, 8))],
+        "no images in a batch of type ndarray: a batch is a tensor of",
+    ),
     "a bare tensor": (
         X,
         r"0 took in one image without a batch dimension: a batch of images is \(N",

@@ -420,7 +420,10 @@ BAD = [
         lambda p: put(p / "test_batch.bin", records()[1:]).parent,
     ),
     ("test.parquet: no columns img (struct with bytes) and label", lambda p: table(p, img=[1])),
-    ("test.parquet: damaged or truncated parquet file; copy", lambda p: half(table(p) / "test.parquet")),
+    (
+        "test.parquet: damaged or truncated parquet file; copy",
+        lambda p: half(table(p) / "test.parquet"),
+    ),
     ("test.parquet: row 0: damaged or no image (of no", lambda p: table(p, [{"bytes": b"x"}])),
     ("not an integer from 0 to 9", lambda p: table(p, label=[300])),
     ("not an integer from 0 to 9", lambda p: table(p, label=[3.0])),
@@ -510,7 +513,10 @@ HOSTILE = {
     "sets": ("more than 100,000 parts", lambda p: tar(p, b"\x80\x04(" + b"\x8f" * 9_000_000)),
     "memo": ("more than 100,000 parts", lambda p: tar(p, b"\x80\x02}r" + b"\xff\xff\xff\x07.")),
     "text memo": ("more than 100,000 parts", lambda p: tar(p, b"}p99999999\n.")),
-    "huge string": ("damaged, truncated or not", lambda p: tar(p, b"\x80\x04\x8e" + bytes(7) + b"\x0fa.")),
+    "huge string": (
+        "damaged, truncated or not",
+        lambda p: tar(p, b"\x80\x04\x8e" + bytes(7) + b"\x0fa."),
+    ),
     "large member": ("far larger than a batch", lambda p: tar(p, bytes(2**26))),
     "many members": ("far larger than the official", many_members),
     "long header": ("damaged or truncated", long_header),
