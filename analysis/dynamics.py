@@ -218,7 +218,7 @@ def check_run(snapshots: Sequence[Snapshot], recipe: Recipe) -> None:
                 )
 
 
-def without_first(snapshots: Sequence[Snapshot]) -> Sequence[Snapshot]:
+def without_first(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
     """Leave out step 0: before BN has recorded anything, evaluation mode makes responses grow."""
     trained = [snapshot for snapshot in snapshots if snapshot.step > 0]
     if not trained:

@@ -6,34 +6,47 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from models.checkpoints.formats import EXPECTED
 from models.checkpoints.loading import PROGRESS, CheckpointFile, read
 
-Regex = re.Pattern[str] | None
+Regex = re.Pattern[str] | str | None
 SUFFIXES = (".pt", ".pth", ".th", ".ckpt", ".safetensors", ".pth.tar")
 IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")  # of transformers, in checkpoint-500/
 
 
 class Snapshot(NamedTuple):
-    """A checkpoint: its step, its file, where the step was found, and its tensors' shapes."""
+    """A checkpoint: its step, its file, and in words where the step was found."""
 
     step: int
-    path: Path
+    file: CheckpointFile
     source: str
-    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def path(self) -> Path:
+        """Where the file lies."""
+        return self.file.path
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of its tensors, by name."""
+        return {name: tuple(tensor.shape) for name, tensor in self.file.tensors.items()}
 
 
 def find_snapshots(
-    items: Sequence[Path], step_regex: Regex = None, ema: bool = False
+    items: Sequence[Path],
+    step_regex: Regex = None,
+    *,
+    weights: str | None = None,
+    ema: bool = False,
 ) -> tuple[list[Snapshot], list[str]]:
     """Return the checkpoints in order, and a line for each file that was skipped as unreadable.
 
     items: checkpoint files, folders of them, or folders of folders such as checkpoint-500/.
     step_regex: finds the step in the name of a file or of checkpoint-500/. Without it the step is
         the one that the file says, else the number in the name.
-    ema: take the average of the weights that lies beside them.
+    weights, ema: which copy of the weights to take, as for models.checkpoints.loading.read.
 
     Raises ValueError, with the file, if a step cannot be found, if two files are of one step or of
     two networks, or if no checkpoint can be read; FileNotFoundError if an item does not exist.
@@ -45,8 +58,7 @@ def find_snapshots(
         except ValueError as error:  # a running training may be writing it
             skipped.append(f"{error}; skipped")
             continue
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        snapshots.append(Snapshot(*find_step(path, card, step_regex), shapes))
+        snapshots.append(Snapshot(*find_step(file, step_regex)))
     if not snapshots:
         raise ValueError(skipped[0] if skipped else f"{items[0]}: no checkpoint in it; {EXPECTED}")
     snapshots.sort(key=lambda snapshot: snapshot.step)
@@ -67,20 +79,22 @@ def files_of(item: Path) -> list[Path]:
     return files + [path for path in inner if path.is_file()]
 
 
-def find_step(path: Path, card: dict[str, Any], regex: Regex) -> tuple[int, Path, str]:
-    """Return the step of a checkpoint, its path, and in words where the step was found."""
+def find_step(file: CheckpointFile, regex: Regex) -> tuple[int, CheckpointFile, str]:
+    """Return the step of a checkpoint, the checkpoint, and in words where the step was found."""
+    path = file.path
     name = path.parent.name if path.name in IN_FOLDERS else path.name
-    facts = card | (training if isinstance(training := card.get("training"), dict) else {})
-    for key in STEPS if regex is None else ():
+    training = file.card.get("training")
+    facts = {**file.progress, **(training if isinstance(training, dict) else {})}
+    for key in PROGRESS if regex is None else ():
         if type(step := facts.get(key)) is int and 0 <= step < 2**62:
-            return step, path, f"{key} in the file"
+            return step, file, f"{key} in the file"
     numbers = numbers_in(name) if regex is None else re.findall(regex, name)
     if len(numbers) != 1 or not str(numbers[0]).isdecimal():
         raise ValueError(
             f"{path}: its step is unknown: there are {len(numbers)} numbers in its name that may be "
             r"it; say where the number is, such as --step-regex 'net-(\d+)'"
         )
-    return int(numbers[0]), path, "its name"
+    return int(numbers[0]), file, "its name"
 
 
 def numbers_in(name: str) -> list[str]:

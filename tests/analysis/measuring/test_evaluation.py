@@ -336,7 +336,6 @@ def test_an_interrupt_at_any_line_of_evaluation_leaves_everything_as_it_was(plai
 
 @pytest.mark.slow
 def test_an_interrupt_at_any_line_of_measuring_leaves_everything_as_it_was(plain_handler):
-    import torch._dynamo  # for the stance of compiled networks
 
     network = with_statistics(nn.Sequential(conv(), nn.BatchNorm2d(4)))
     batches = images(4).split(2)
