@@ -105,35 +105,38 @@ def class_folders(path, names=CLASSES):
     return path
 
 
-PY, BIN = "cifar-10-batches-py", "cifar-10-batches-bin"
+def python2(path):
+    return put(path / "cifar-10-batches-py" / "test_batch", python2_pickle()).parents[1]
+
+
+def binary(path):
+    return put(path / "cifar-10-batches-bin" / "test_batch.bin", records()).parent
+
+
+def python_archive(path):
+    return write_archive(path / "cifar-10-python.tar.gz", test_batch=python2_pickle())
+
+
+def binary_archive(path):
+    return write_archive(path / "cifar-10-binary.tar.gz", test_batch_bin=records()).parent
+
+
+PYTHON, BINARY = "official python version", "official binary version"
+HUB, ARCHIVE, FOLDERS = "parquet shards of the hub", "official archive", "folders of images"
+PLAIN = ["plane", "Car", "birds", *CLASSES[3:]]
 LAYOUTS = {
-    "parquet folder": ("parquet shards of the hub", parquet_folder),
-    "parquet file": ("parquet shards of the hub", lambda p: write_parquet(p / "any.parquet")),
-    "python 2": (
-        "official python version",
-        lambda p: put(p / PY / "test_batch", python2_pickle()).parent.parent,
-    ),
-    "python 3": ("official python version", pickled),
-    "protocol 5": ("official python version", partial(pickled, protocol=5)),
-    "labels in an array": ("official python version", partial(pickled, labels=LABELS)),
-    "binary": (
-        "official binary version",
-        lambda p: put(p / BIN / "test_batch.bin", records()).parent,
-    ),
-    "python archive": (
-        "official archive",
-        lambda p: write_archive(p / "cifar-10-python.tar.gz", test_batch=python2_pickle()),
-    ),
-    "binary archive": (
-        "official archive",
-        lambda p: write_archive(p / "cifar-10-binary.tar.gz", test_batch_bin=records()).parent,
-    ),
-    "class folders": ("folders of images", class_folders),
-    "plain names": (
-        "folders of images",
-        partial(class_folders, names=["plane", "Car", "birds", *CLASSES[3:]]),
-    ),
-    "numbered folders": ("folders of images", partial(class_folders, names="0123456789")),
+    "parquet folder": (HUB, parquet_folder),
+    "parquet file": (HUB, lambda p: write_parquet(p / "any.parquet")),
+    "python 2": (PYTHON, python2),
+    "python 3": (PYTHON, pickled),
+    "protocol 5": (PYTHON, partial(pickled, protocol=5)),
+    "labels in an array": (PYTHON, partial(pickled, labels=LABELS)),
+    "binary": (BINARY, binary),
+    "python archive": (ARCHIVE, python_archive),
+    "binary archive": (ARCHIVE, binary_archive),
+    "class folders": (FOLDERS, class_folders),
+    "plain names": (FOLDERS, partial(class_folders, names=PLAIN)),
+    "numbered folders": (FOLDERS, partial(class_folders, names="0123456789")),
 }
 
 
@@ -187,10 +190,7 @@ def test_a_numbered_folder_that_is_missing_moves_no_other(tmp_path):
 
 def test_unknown_class_folders_have_no_labels_and_the_reason(tmp_path):
     data = cifar10.load(class_folders(tmp_path, ["lorry", *CLASSES[1:]]))
-    assert (data.labels, data.labels_known) == (
-        None,
-        "the class of the folder 'lorry' is not known",
-    )
+    assert data.labels_known == "the class of the folder 'lorry' is not known"
     assert [labels for _, labels in data.batches(15)] == [None, None]
 
 
@@ -240,9 +240,8 @@ def test_a_file_replaced_with_size_and_time_kept_is_not_called_exact(tmp_path, p
 def test_the_real_images_are_complete_and_exact(shared_cifar10, split):
     data = cifar10.load(shared_cifar10, split)
     assert data.exact
-    assert (
-        f"{cifar10.SIZES[split]:,} {split} images, complete and exact (parquet" in data.describe()
-    )
+    words = f"{cifar10.SIZES[split]:,} {split} images, complete and exact (parquet shards"
+    assert data.describe().startswith(words)
     assert np.bincount(data.labels).tolist() == [cifar10.SIZES[split] // 10] * 10
 
 
@@ -420,7 +419,10 @@ BAD = [
         lambda p: put(p / "test_batch.bin", records()[1:]).parent,
     ),
     ("test.parquet: no columns img (struct with bytes) and label", lambda p: table(p, img=[1])),
-    ("test.parquet: damaged or truncated parquet file; copy", lambda p: half(table(p) / "test.parquet")),
+    (
+        "test.parquet: damaged or truncated parquet file; copy",
+        lambda p: half(table(p) / "test.parquet"),
+    ),
     ("test.parquet: row 0: damaged or no image (of no", lambda p: table(p, [{"bytes": b"x"}])),
     ("not an integer from 0 to 9", lambda p: table(p, label=[300])),
     ("not an integer from 0 to 9", lambda p: table(p, label=[3.0])),
@@ -510,7 +512,10 @@ HOSTILE = {
     "sets": ("more than 100,000 parts", lambda p: tar(p, b"\x80\x04(" + b"\x8f" * 9_000_000)),
     "memo": ("more than 100,000 parts", lambda p: tar(p, b"\x80\x02}r" + b"\xff\xff\xff\x07.")),
     "text memo": ("more than 100,000 parts", lambda p: tar(p, b"}p99999999\n.")),
-    "huge string": ("damaged, truncated or not", lambda p: tar(p, b"\x80\x04\x8e" + bytes(7) + b"\x0fa.")),
+    "huge string": (
+        "damaged, truncated or not",
+        lambda p: tar(p, b"\x80\x04\x8e" + bytes(7) + b"\x0fa."),
+    ),
     "large member": ("far larger than a batch", lambda p: tar(p, bytes(2**26))),
     "many members": ("far larger than the official", many_members),
     "long header": ("damaged or truncated", long_header),
