@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from models import data
 from models.data.folder import CROP, RESIZE, SUFFIXES, ImageFolder, crop
 
 
@@ -75,6 +76,14 @@ def test_without_the_whole_set_of_classes_there_are_no_labels(names, why, tmp_pa
     folder = place(tmp_path, names)
     assert (folder.labels, folder.classes, folder.labels_known) == (None, 0, why)
     assert f"images in {len(names)} class folders" in folder.describe()
+
+
+def test_images_are_loaded_by_name(classes):
+    assert (data.load("probe").side, data.load(classes, side=224).side) == (32, 224)
+    with pytest.raises(FileNotFoundError, match="no CIFAR-10 train images found"):
+        data.load("cifar10", "train")
+    with pytest.raises(ValueError, match="CIFAR-10's images have 32x32"):
+        data.load(classes)
 
 
 def test_a_flat_folder_has_no_labels(tmp_path):
