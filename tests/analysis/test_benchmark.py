@@ -151,7 +151,9 @@ def test_all_ways_run_without_tf32(out, same_process, monkeypatch):
 
     def look(model, names, batches):
         matmul = torch.backends.cuda.matmul
-        new = hasattr(matmul, "fp32_precision")  # since torch 2.9, in which reading the old one fails
+        new = hasattr(
+            matmul, "fp32_precision"
+        )  # since torch 2.9, in which reading the old one fails
         seen.append(matmul.fp32_precision != "ieee" if new else matmul.allow_tf32)
         return []
 

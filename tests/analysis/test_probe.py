@@ -1,21 +1,19 @@
 """The command that makes a probe set and measures how far it is from the test set."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
 
 from analysis import measure
 from analysis import probe as command
-from analysis.probe import SHIPPED, nearest, parts_of
+from analysis.probe import nearest, parts_of
 from analysis.probe_set import synthesis
 from models import zoo
 from models.checkpoints import loading
 from models.data import cifar10, probe
 from models.data.preprocessing import PRESETS
 from models.files import sha256
-from tests.helpers import files_in, read_table, run, succeed, write_images
+from tests.helpers import files_in, fitting, read_table, run, save, succeed, write_images
 
 
 @pytest.fixture
@@ -49,14 +47,14 @@ def test_the_command(line, files, out):
 
 
 def test_a_shipped_network_has_more_weight(line, files, tmp_path, out, monkeypatch):
-    """Here resnet-8 is shipped, and a copy of it is not."""
+    """Here the networks of `files` are shipped."""
     weights, make = [], synthesis.Goal
     monkeypatch.setattr(synthesis, "Goal", lambda *args: weights.append(args[-1]) or make(*args))
     monkeypatch.setattr(zoo, "__file__", str(files["resnet-8"].parent / "__init__.py"))
-    shutil.copy(files["resnet-8"], tmp_path / "copy.safetensors")
-    networks, options = f"{files['resnet-8']} copy=copy.safetensors", line.partition("--data")[2]
-    succeed(f"probe {networks} --data {options} --out {out}")
-    assert weights == [SHIPPED, 1]
+    other = save(tmp_path / "other.safetensors", fitting("plain-8", preset="[0,1]"))
+    options = line.partition("--data")[2]
+    succeed(f"probe resnet-8 {other} --data {options} --out {out}")
+    assert weights == [3, 1]
 
 
 @pytest.mark.integration
