@@ -12,7 +12,7 @@ from analysis.probe import COLUMNS
 from models import zoo
 from models.data import probe
 from models.files import sha256
-from tests.test_project import README
+from tests.helpers import README
 
 CARD = {
     "count": 35,
