@@ -130,10 +130,11 @@ def as_parquet(cells=None, labels=(0, 1)):
     return pd.DataFrame({"img": cells, "label": labels}).to_parquet()
 
 
-def as_batch(data=None, labels=(3, 4)):
+def as_batch(data=None, labels=None):
     """Return a batch of the official python version as bytes."""
     data = np.zeros((2, 3072), np.uint8) if data is None else data
-    return pickle.dumps({b"data": data, b"labels": list(labels)}, 3)
+    labels = [3, 4] if labels is None else labels
+    return pickle.dumps({b"data": data, b"labels": labels}, 3)
 
 
 def as_archive(*members, mode="w:gz"):

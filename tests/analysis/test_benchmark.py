@@ -1,5 +1,6 @@
 """What measuring costs beside a plain forward pass: the ways, the table and the command."""
 
+import functools
 import subprocess
 import sys
 import types
@@ -82,12 +83,13 @@ def test_the_plain_forward_pass_runs_every_batch_and_measures_nothing(small, way
 def test_torchlens_if_it_is_installed(small, monkeypatch):
     network, names, batches = small
 
+    def keep(outputs, name, module, args, y):
+        outputs[name] = types.SimpleNamespace(out=y)
+
     def trace(model, x):
         outputs, handles = {}, []
         for name in names:
-            hook = lambda m, args, y, name=name: outputs.update(
-                {name: types.SimpleNamespace(out=y)}
-            )  # noqa: E731
+            hook = functools.partial(keep, outputs, name)
             handles.append(model.get_submodule(name).register_forward_hook(hook))
         model(x)
         for handle in handles:
