@@ -1,11 +1,12 @@
-"""What goes wrong around a run: kill -9, full disks, vanishing files, broken downloads, Ctrl-C.
+"""What goes wrong around a run: kill -9, full disks, vanishing files, Ctrl-C.
+
+Downloads that break off are in tests/models/data/test_cifar10.py.
 
 A run of all faults writes what came of each to tests/FAULTS.md.
 """
 
 import contextlib
 import functools
-import http.server
 import itertools
 import multiprocessing
 import os
@@ -14,7 +15,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -329,48 +329,6 @@ VANISHING = {
 }
 for _name, _arguments in VANISHING.items():
     fault(f"{_name} vanishes")(functools.partial(vanish, *_arguments))
-
-
-# Downloads
-
-
-class HalfServer(http.server.SimpleHTTPRequestHandler):
-    """Serves random bytes; under /half/ it stops half way."""
-
-    def do_GET(self):
-        content = random.Random(0).randbytes(100_000)
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content[:50_000] if "half" in self.path else content)
-
-    def log_message(self, *words):
-        pass
-
-
-def download(path, why, folder):
-    cache = mock.patch.dict(os.environ, {"LAYER_RESPONSES_CACHE": str(folder / "cache")})
-    lay_out(folder)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), HalfServer) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        with cache, mock.patch.dict(cifar10.SOURCES, {"test": (f"{url}/{path}",)}):
-            outcome = execute(HOOKS.replace("--data cifar", "--data cifar10"))
-        server.shutdown()
-        thread.join()
-    assert "error: no CIFAR-10 test images found" in outcome.error
-    assert why in outcome.error
-    assert [found for found in (folder / "cache").rglob("*") if found.is_file()] == []
-    return "nothing is kept, and the error names the address and the reason"
-
-
-fault("a download stops half way")(
-    functools.partial(download, "half/test.parquet", "IncompleteRead")
-)
-fault("a download of other bytes")(
-    functools.partial(download, "test.parquet", "the download is not CIFAR-10")
-)
 
 
 # Two at once

@@ -200,7 +200,6 @@ def an_archive_of_the_oldest_torch(path):
 
 
 CHECKPOINTS |= {
-    "a list of tensors": (lambda path: saved(path, [torch.zeros(3)]), NO_STATE),
     "an empty dictionary": (lambda path: saved(path, {}), NO_STATE),
     "numbers in place of names": (
         lambda path: saved(path, {0: torch.zeros(3), 1: torch.zeros(3)}),
@@ -214,10 +213,6 @@ CHECKPOINTS |= {
         lambda path: changed(path, conv1_weight=torch.ones(4, 3, 3, 3, dtype=torch.int64)),
         "conv1.weight holds int64",
     ),
-    "complex weights": (
-        lambda path: changed(path, conv1_weight=torch.ones(4, 3, 3, 3, dtype=torch.complex64)),
-        "conv1.weight holds complex64",
-    ),
     "sparse weights": (
         lambda path: changed(path, conv1_weight=torch.ones(4, 3, 3, 3).to_sparse()),
         "conv1.weight is sparse",
@@ -228,10 +223,6 @@ CHECKPOINTS |= {
     ),
     "a negative variance": (
         lambda path: changed(path, bn1_running_var=torch.full((4,), -1.0)),
-        "bn1.running_var",
-    ),
-    "a scalar for a vector": (
-        lambda path: changed(path, bn1_running_var=torch.tensor(1.0)),
         "bn1.running_var",
     ),
     "a matrix for a vector": (
@@ -273,10 +264,6 @@ CUT = "damaged or truncated safetensors file"
 
 CHECKPOINTS |= {
     "a header that says it is a terabyte": (lambda path: safetensors(path, b"{}", size=2**40), CUT),
-    "overlapping offsets": (
-        lambda path: safetensors(path, {"a": entry(0, 16), "b": entry(8, 24)}, bytes(24)),
-        CUT,
-    ),
 }
 
 
@@ -302,7 +289,6 @@ def an_empty_file(path):
 
 
 CHECKPOINTS |= {
-    "a card that is a list": (lambda path: carded(path, "[]"), "card"),
     "a card of deep nesting": (lambda path: carded(path, "[" * 100_000), CUT),
     "a card with a number of many digits": (
         lambda path: carded(path, '{"training": {"iteration": ' + "9" * 5000 + "}}"),
@@ -543,10 +529,6 @@ def a_batch_of_gigabytes(path):
 IMAGES |= {
     "a batch of another shape": (
         lambda path: file(path, "test_batch", as_batch(np.zeros((2, 100), np.uint8))),
-        BATCH,
-    ),
-    "labels out of range": (
-        lambda path: file(path, "test_batch", as_batch(labels=[10**30, 0])),
         BATCH,
     ),
 }
