@@ -19,7 +19,7 @@ from PIL import Image
 from models import messages, train
 from models.files import uninterrupted
 from models.training.recipe import Fault, Recipe
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from tests.models.training.test_loop import TEST, TRAIN, assert_same, go, results
 
 COMMAND = [
