@@ -11,7 +11,6 @@ from models.resnet import (
     Config,
     PadShortcut,
     ResNet,
-    main,
     network_name,
     parse_name,
     stages,
@@ -255,62 +254,3 @@ def test_stages_of_another_depth():
     ):
         stages(20, 64)
     assert TABLE_1_DEPTHS == (18, 34, 50, 101, 152)
-
-
-def test_the_table_of_resnet_34(capsys):
-    assert main(["resnet-34", "--input", "5", "3", "224", "224"]) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        "resnet-34, input (5, 3, 224, 224)",
-        "stage            output shape       parameters  multiply-adds per image",
-        "conv1            (5, 64, 112, 112)       9,536              118,013,952",
-        "maxpool          (5, 64, 56, 56)",
-        "layer1           (5, 64, 56, 56)       221,952              693,633,024",
-        "layer2           (5, 128, 28, 28)    1,116,416              873,463,808",
-        "layer3           (5, 256, 14, 14)    6,822,400            1,335,885,824",
-        "layer4           (5, 512, 7, 7)     13,114,368              642,252,800",
-        "average pooling  (5, 512, 1, 1)",
-        "flatten          (5, 512)",
-        "fc               (5, 1000)             513,000                  512,000",
-        "total                               21,797,672            3,663,761,408",
-    ]
-
-
-def test_options_of_the_command(capsys):
-    assert main(["resnet-20", "--classes", "7"]) == 0
-    shown = capsys.readouterr().out
-    assert "resnet-20, input (1, 3, 32, 32)" in shown
-    assert "maxpool" not in shown
-    assert "(1, 7)" in shown
-    assert main(["resnet-21"]) == 2
-    assert capsys.readouterr().err == (
-        "error: no CIFAR-10 network has 21 layers: a depth is 6n + 2; the nearest are 20 and 26\n"
-    )
-    assert main(["resnet-20", "--input", "1", "4", "32", "32"]) == 2
-    allowed = "an input is N 3 H W, each 1 or more, 1,099,511,627,776 values at most"
-    assert capsys.readouterr().err == f"error: {allowed}, not 1 4 32 32\n"
-
-
-@pytest.mark.parametrize(
-    "name", ["resnet-20", "plain-110", *(f"resnet-{depth}" for depth in TABLE_1), "plain-18"]
-)
-def test_the_table_of_any_network(name, capsys):
-    assert main([name]) == 0
-    title, _, *rows = capsys.readouterr().out.splitlines()
-    config = parse_name(name)
-    assert (
-        title
-        == f"{name}, input {(1, 3, 224, 224) if config.images == 'imagenet' else (1, 3, 32, 32)}"
-    )
-    stages = [f"layer{number}" for number in range(1, len(config.blocks) + 1)]
-    stem = ["conv1", "maxpool"] if config.images == "imagenet" else ["conv1"]
-    assert [row[:17].strip() for row in rows] == [
-        *stem,
-        *stages,
-        "average pooling",
-        "flatten",
-        "fc",
-        "total",
-    ]
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in build(name).parameters())
-    assert rows[-1].split()[1] == f"{parameters:,}"
