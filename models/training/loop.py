@@ -255,15 +255,14 @@ class Training:
         self.write_network(path, current_lr=lr, bn_statistics="moving averages")
 
     def finish(self, stop: Callable[[], int]) -> str:
-        """Recompute BN's statistics, test, and write the finished network. Return a summary."""
+        """Recompute BN's statistics, test in float32, and write the network. Return a summary."""
         recipe, x = self.recipe, self.data.statistics_batch()
         norms = [m for m in self.network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
         total = len(norms) + math.ceil(len(self.data.test[0]) / TEST_BATCH)
         display = Display(f"{recipe.label}, final statistics and test", total)
         with display.bar:
             recipes.recompute_statistics(self.network, x, display.advance)
-            full = replace(recipe, precision="float32")  # as users of the network will test it
-            error = self.test_error(full, display.advance)
+            error = self.test_error(replace(recipe, precision="float32"), display.advance)
         self.heed(stop)
         versions = {module.__name__: module.__version__ for module in (torch, np)}
         self.write_network(

@@ -39,9 +39,8 @@ def test_multiply_adds_of_a_small_network_by_hand():
 def test_the_shapes_of_the_reference(depth):
     """The notebook prints these for 5 images of 224x224."""
     channels = 512 if depth < 50 else 2048
-    shapes = {
-        row.stage: row.shape for row in summarise(parse_name(f"resnet-{depth}"), (5, 3, 224, 224))
-    }
+    rows = summarise(parse_name(f"resnet-{depth}"), (5, 3, 224, 224))
+    shapes = {row.stage: row.shape for row in rows}
     assert shapes["conv1"] == (5, 64, 112, 112)
     assert shapes["maxpool"] == (5, 64, 56, 56)
     assert shapes["layer4"] == (5, channels, 7, 7)
@@ -66,9 +65,8 @@ def test_shapes_are_those_of_a_real_pass():
 @pytest.mark.parametrize("depth", [20, 56])
 def test_all_parameters_are_counted(depth):
     rows = summarise(parse_name(f"resnet-{depth}"), (1, 3, 32, 32))
-    assert sum(row.parameters for row in rows) == sum(
-        p.numel() for p in build(f"resnet-{depth}").parameters()
-    )
+    expected = sum(p.numel() for p in build(f"resnet-{depth}").parameters())
+    assert sum(row.parameters for row in rows) == expected
 
 
 @pytest.mark.parametrize(
@@ -120,20 +118,12 @@ def test_the_table_of_any_network(name, capsys):
     assert main([name]) == 0
     title, _, *rows = capsys.readouterr().out.splitlines()
     config = parse_name(name)
-    assert (
-        title
-        == f"{name}, input {(1, 3, 224, 224) if config.images == 'imagenet' else (1, 3, 32, 32)}"
-    )
+    side = 224 if config.images == "imagenet" else 32
+    assert title == f"{name}, input {(1, 3, side, side)}"
     stages = [f"layer{number}" for number in range(1, len(config.blocks) + 1)]
     stem = ["conv1", "maxpool"] if config.images == "imagenet" else ["conv1"]
-    assert [row[:17].strip() for row in rows] == [
-        *stem,
-        *stages,
-        "average pooling",
-        "flatten",
-        "fc",
-        "total",
-    ]
+    expected = [*stem, *stages, "average pooling", "flatten", "fc", "total"]
+    assert [row[:17].strip() for row in rows] == expected
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build(name).parameters())
     assert rows[-1].split()[1] == f"{parameters:,}"
