@@ -12,11 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from analysis.measuring.measurement import measure
+    from analysis.measuring.recorder import Recorder
     from analysis.statistics import compare_frames
 
-__all__ = ["compare_frames", "measure"]
+__all__ = ["Recorder", "compare_frames", "measure"]
 
-HOMES = {"compare_frames": "analysis.statistics", "measure": "analysis.measuring.measurement"}
+HOMES = {
+    "Recorder": "analysis.measuring.recorder",
+    "compare_frames": "analysis.statistics",
+    "measure": "analysis.measuring.measurement",
+}
 
 
 def __getattr__(name: str) -> Any:

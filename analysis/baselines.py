@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from analysis.measuring.batches import device_of, run
-from analysis.measuring.measurement import PRECISIONS, evaluation, measuring
+from analysis.measuring.evaluation import evaluation
+from analysis.measuring.measurement import PRECISIONS, measuring
 
 Batches = Iterable[Tensor]
 Method = Callable[[nn.Module, list[str], Batches], list[float]]

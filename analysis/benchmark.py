@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure, print and write. Raise ValueError or OSError, with what to do, for bad input."""
     import pandas as pd
 
-    from analysis.measuring.measurement import without_tf32
+    from analysis.measuring.evaluation import without_tf32
     from plots.benchmark import draw_benchmark
 
     check_folder(args.out)

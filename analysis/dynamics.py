@@ -99,7 +99,9 @@ def run(args: argparse.Namespace, options: Options) -> None:
         check_folder(args.out)
         training = read_training(args.items[0])
     if args.items[0].suffix == ".csv":
-        frame, provenance, notes = read_recorded(args.items), {}, []
+        frame = read_recorded(args.items)
+        provenance: dict[str, Any] = {}
+        notes: list[str] = []
     else:
         frame, provenance, notes = measure_snapshots(args, options, training.recipe)
     figure = draw_dynamics(frame, training.epochs, find_rates(training, frame))
@@ -175,7 +177,9 @@ def measure_snapshots(
 
     with together():
         folders = [item / "snapshots" if recipe else item for item in args.items]
-        snapshots, skipped = find_snapshots(folders, args.step_regex)
+        snapshots, skipped = find_snapshots(
+            folders, args.step_regex, weights=options.weights, ema=options.ema
+        )
         for line in skipped:
             print(f"warning: {line}", file=sys.stderr)
         if recipe:
@@ -214,7 +218,7 @@ def check_run(snapshots: Sequence[Snapshot], recipe: Recipe) -> None:
                 )
 
 
-def without_first(snapshots: Sequence[Snapshot]) -> Sequence[Snapshot]:
+def without_first(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
     """Leave out step 0: before BN has recorded anything, evaluation mode makes responses grow."""
     trained = [snapshot for snapshot in snapshots if snapshot.step > 0]
     if not trained:

@@ -223,7 +223,8 @@ def print_table(results: Sequence[Measured]) -> None:
     for result in results:
         frame = result.frame
         layers = frame[frame["source"] == frame["source"].iloc[0]]
-        std, accuracy = layers["std"], result.measurement and result.measurement.accuracy
+        std = layers["std"]
+        accuracy = result.measurement.accuracy if result.measurement else None
         [paper] = against_paper(layers).itertuples()
         rows.append(
             {

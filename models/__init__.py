@@ -4,18 +4,12 @@ are kept in.
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from models.batchnorm import closed_form
     from models.checkpoints.loading import load
     from models.resnet import build
-
-if sys.argv[:1] == ["-m"]:  # python -m models.x or analysis.x begins, and its imports take seconds
-    from models.messages import answer_interrupts
-
-    answer_interrupts()
 
 __all__ = ["build", "closed_form", "load"]
 

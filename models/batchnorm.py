@@ -1,24 +1,25 @@
-"""Every layer's std in closed form from the BN tensors alone: no data, no forward pass.
+"""Compute every layer's std in closed form from the BN tensors: no data, no forward pass.
 
     >>> from models import build, closed_form
-    >>> closed_form(build("resnet-20"))["std"].mean().round(4)  # a fresh BN has gamma 1, beta 0, variance 1
+    >>> closed_form(build("resnet-20"))["std"].mean().round(4)  # a new BN: gamma 1, beta 0, variance 1
     np.float64(1.0)
 
-In evaluation mode BN maps a channel that has mean mu and variance sigma^2 (as BN recorded them) to
-one with mean beta and variance gamma^2 sigma^2 / (sigma^2 + epsilon). Over the data whose
-statistics BN recorded, the response of a layer therefore has
+In evaluation mode BN maps a channel of mean mu and variance sigma^2, as BN recorded them, to one of
+mean beta and variance gamma^2 sigma^2 / (sigma^2 + eps). Over the data that BN recorded, a layer's
+response therefore has, by the law of total variance,
 
-    std^2 = within^2 + between^2,  within^2 = mean_c(gamma^2 sigma^2 / (sigma^2 + epsilon)),  between^2 = var_c(beta)
+    std^2 = within^2 + between^2,  within^2 = mean_c(gamma^2 sigma^2 / (sigma^2 + eps)),  between^2 = var_c(beta)
 
-by the law of total variance. BN records augmented training images, so measurements on other images
-differ: on two public checkpoints of 20 and 56 layers by 4.5 and 5.0 % in the mean over layers, in
-the worst layer of the latter by 30 % (10,000 test images; tests/analysis/test_responses.py).
+BN records augmented training images, so measurements on other images differ: on two public
+checkpoints of 20 and 56 layers by 4.5 and 5.0 % in the mean over layers, and in the worst layer of
+the second by 30 % (10,000 test images; tests/analysis/test_responses.py).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,231 +29,342 @@ if TYPE_CHECKING:
     import pandas as pd
 
 AFFINE, STATISTICS = ("weight", "bias"), ("running_mean", "running_var", "num_batches_tracked")
-EPSILON = 1e-5  # torch's default; a state dict does not say it
+EPS = 1e-5  # torch's default; a state dict does not say it
+OTHER_EPS = (1e-5, 1e-3, 0.0)  # torch's, Keras's and none
+WEIGHT = re.compile(r"\.(weight|weight_orig|weight_v|parametrizations\.weight\.original1?)$")
 
 
 def closed_form(
-    network: nn.Module | Mapping[str, Tensor], kernel_size: tuple[int, int] = (3, 3)
+    network: nn.Module | Mapping[str, Tensor],
+    kernel_size: tuple[int, int] = (3, 3),
+    *,
+    eps: float | None = None,
 ) -> pd.DataFrame:
-    """The std of every 3x3 layer's response, computed from BN's tensors.
+    """Return the std of every 3x3 layer's response, computed from BN's tensors.
 
-    network: a network, or a state dict of any network whose convolutions and BNs bear the usual
-    names. kernel_size: of the convolutions. Returns a frame, one row a layer: layer, name, norm,
-    stage (it changes where the number of channels does), channels, mean, std, within, between.
-    Which BN follows a convolution is read off names, channels and the order of the tensors (see
-    `pair_by_name`); `frame.attrs["ambiguous"]` lists the pairs for which these do not agree,
-    `frame.attrs["unpaired"]` the convolutions that no BN seems to follow. `frame.attrs["sorted"]`
-    is True where the tensors are sorted by name, as in a .safetensors file, and their order says
-    nothing. Raises ValueError where no convolution of that kernel is followed by a BN of as many
-    channels, or where a BN has only one of weight and bias, or others in their place.
+    network: a network, or the state dict of one.
+    kernel_size: of the convolutions.
+    eps: of the BNs in a state dict; 1e-5 is assumed if it is not given.
+
+    The frame has one row a layer: layer, name, norm, stage (a new one begins if the number of
+    channels changes), channels, mean, std, within, between. Which BN follows a convolution is read
+    off names, channels and the order of the tensors (see `Pairs`). `frame.attrs` holds
+    unpaired: the convolutions left out, and why, by name;
+    ambiguous: the pairs on which names and order do not agree;
+    idle: the BNs that never ran, which are left out;
+    sorted: whether the tensors are sorted by name, so that the order of the layers is not known;
+    eps: the eps that was assumed, None if the modules say it;
+    eps_effect: the largest relative change of a layer's std if eps were 1e-5, 1e-3 or 0.
+    Raises ValueError if no layer is left, or if the tensors of a BN are not those of a BN.
     """
     import pandas as pd
 
-    state = network.state_dict() if isinstance(network, nn.Module) else network
+    state = fetch_vectors(network.state_dict() if isinstance(network, nn.Module) else network)
     modules = dict(network.named_modules()) if isinstance(network, nn.Module) else {}
+    pairs = Pairs(state)
+    idle = idle_norms(state, pairs.norms)
+    assumed = None if modules else EPS if eps is None else eps
     rows: list[dict[str, object]] = []
-    ambiguous: list[str] = []
-    stage, last_channels = 0, None
-    kernels = convolutions(state)
-    for name, norm, certain in pair_by_name(state):
-        if kernels[name].shape[2:] != kernel_size:
+    effect, stage, last_channels = 0.0, 0, None
+    for name, norm in pairs.certain.items():
+        if pairs.convs[name].shape[2:] != kernel_size or norm in idle:
             continue
-        channels, spread = describe(state, norm, getattr(modules.get(norm), "eps", EPSILON))
+        vectors = read_norm(state, norm, pairs.leaves)
+        known = getattr(modules.get(norm), "eps", EPS) if assumed is None else assumed
+        row = spread(*vectors, known)
+        if assumed is not None:
+            others = [spread(*vectors, other)["std"] for other in OTHER_EPS]
+            effect = max(effect, *(relative_change(row["std"], other) for other in others))
+        channels = len(vectors[0])
         stage += channels != last_channels
         last_channels = channels
-        rows.append(
-            {
-                "layer": len(rows) + 1,
-                "name": name,
-                "norm": norm,
-                "stage": stage,
-                "channels": channels,
-            }
-            | spread
-        )
-        if not certain:
-            ambiguous.append(f"{name} -> {norm}")
+        place = {"layer": len(rows) + 1, "name": name, "norm": norm, "stage": stage}
+        rows.append({**place, "channels": channels, **row})
     if not rows:
         kernel = "x".join(map(str, kernel_size))
         raise ValueError(
-            f"no {kernel} convolution followed by a BN in this state dict; its first keys: {first_keys(state)}"
+            f"no {kernel} convolution followed by a BN in this state dict; "
+            f"its first keys: {first_keys(state)}"
         )
     frame = pd.DataFrame(rows)
-    paired = {row["name"] for row in rows}
-    unpaired = [
-        name
-        for name, tensor in kernels.items()
-        if tensor.shape[2:] == kernel_size and name not in paired
-    ]
-    frame.attrs |= {"ambiguous": ambiguous, "unpaired": unpaired, "sorted": is_sorted(state)}
+    unpaired = {
+        name: pairs.doubtful.get(name, "no BN follows it")
+        for name, weight in pairs.convs.items()
+        if weight.shape[2:] == kernel_size and name not in pairs.certain
+    }
+    frame.attrs |= {
+        "unpaired": unpaired,
+        "ambiguous": [
+            pair for pair in pairs.ambiguous if pair.split(" -> ")[0] in set(frame["name"])
+        ],
+        "idle": idle,
+        "sorted": pairs.sorted,
+        "eps": assumed,
+        "eps_effect": effect,
+    }
     return frame
 
 
-def describe(
-    state: Mapping[str, Tensor], norm: str, epsilon: float
-) -> tuple[int, dict[str, float]]:
-    """The number of channels of a BN, and the mean, std, within and between of its output."""
-    check_affine(state, norm)
-    variance = state[f"{norm}.running_var"].double()  # (C,)
-    gamma, beta = (
-        state[key].double()
-        if (key := f"{norm}.{leaf}") in state
-        else torch.full_like(variance, neutral)
-        for leaf, neutral in (("weight", 1.0), ("bias", 0.0))  # of a BN without affine parameters
-    )
-    within2 = (gamma.square() * variance / (variance + epsilon)).mean().item()
-    between2 = beta.var(correction=0).item()
-    spread = {"std": (within2 + between2) ** 0.5, "within": within2**0.5, "between": between2**0.5}
-    return len(beta), spread | {"mean": beta.mean().item()}
-
-
-def check_affine(state: Mapping[str, Tensor], norm: str) -> None:
-    """ValueError unless a BN has gamma and beta, or neither of them, nor anything that may be them."""
-    affine = [leaf for leaf in AFFINE if f"{norm}.{leaf}" in state]
-    if len(affine) == 2:
-        return
-    leaves = [key.removeprefix(f"{norm}.") for key in state if key.startswith(f"{norm}.")]
-    beside = affine or [leaf for leaf in leaves if "." not in leaf and leaf not in STATISTICS]
-    if beside:
-        missing = " and ".join(leaf for leaf in AFFINE if leaf not in affine)
-        raise ValueError(
-            f"{norm} has no {missing} beside its {', '.join(beside)}: what it puts out cannot be told"
-        )
-
-
-def convolutions(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the convolutions, by the module's name."""
-    return {
-        name: state[key] for key in state if (name := convolution_of(key, state[key])) is not None
+def fetch_vectors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict whose vectors are on the CPU, after one transfer from a GPU."""
+    vectors = {
+        name: x for name, x in state.items() if x.ndim == 1 and x.is_floating_point() and x.is_cuda
     }
+    if not vectors:
+        return dict(state)
+    together = torch.cat(list(vectors.values())).cpu()
+    parts = torch.split(together, [len(x) for x in vectors.values()])
+    return {**state, **dict(zip(vectors, parts, strict=True))}
+
+
+def read_norm(
+    state: Mapping[str, Tensor], norm: str, leaves: Mapping[str, list[str]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gamma, beta and the recorded variance of a BN, each (C,), as float64.
+
+    Raises ValueError unless these are vectors of one length, finite, with no negative variance.
+    """
+    present = [leaf for leaf in AFFINE if leaf in leaves[norm]]
+    beside = present or [leaf for leaf in leaves[norm] if leaf not in STATISTICS]
+    if len(present) < 2 and beside:
+        missing = " and ".join(leaf for leaf in AFFINE if leaf not in present)
+        raise ValueError(
+            f"{norm} has no {missing} beside its {', '.join(beside)}: its output is not known"
+        )
+    check_norm(state, norm)
+    variance = state[f"{norm}.running_var"].double()  # (C,)
+    if not present:  # a BN without affine parameters
+        return torch.ones_like(variance), torch.zeros_like(variance), variance
+    return state[f"{norm}.weight"].double(), state[f"{norm}.bias"].double(), variance
+
+
+def check_norm(state: Mapping[str, Tensor], norm: str) -> None:
+    """Raise ValueError unless a BN's tensors are finite vectors of one length, the variance >= 0."""
+    variance = state[f"{norm}.running_var"]
+    for leaf in (*STATISTICS[:2], *AFFINE):
+        tensor = state.get(f"{norm}.{leaf}", variance)
+        if tensor.ndim != 1 or not tensor.is_floating_point():
+            words = "vector of variances" if leaf == "running_var" else "vector of numbers"
+            raise ValueError(f"{norm}.{leaf} is no {words}: the file is damaged")
+        if len(tensor) != len(variance):
+            raise ValueError(
+                f"{norm}.{leaf} has {len(tensor)} channels, and its running_var {len(variance)}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"NaN or infinity in {norm}.{leaf}: the training diverged, or the file is damaged"
+            )
+    if (variance < 0).any():
+        raise ValueError(f"{norm}.running_var is no vector of variances: the file is damaged")
+
+
+def spread(gamma: Tensor, beta: Tensor, variance: Tensor, eps: float) -> dict[str, float]:
+    """Return mean, std, within and between of a BN's output, from vectors (C,)."""
+    share = torch.where(variance > 0, variance / (variance + eps), 0.0)
+    within2 = (gamma.square() * share).mean().item()
+    between2 = beta.var(correction=0).item()
+    if not within2 + between2 < float("inf"):
+        raise ValueError("a BN's gamma or beta is too large for its std to be computed")
+    stds = {"std": (within2 + between2) ** 0.5, "within": within2**0.5, "between": between2**0.5}
+    return {**stds, "mean": beta.mean().item()}
+
+
+def relative_change(std: float, other: float) -> float:
+    return abs(other / std - 1) if std else 0.0
+
+
+def idle_norms(state: Mapping[str, Tensor], norms: list[str]) -> list[str]:
+    """Return the BNs that never ran: they counted no batch, or their statistics are as in a new BN.
+
+    None is returned if this holds for all: then the network is new, or its counters were lost.
+    """
+    counted = {norm: state.get(f"{norm}.num_batches_tracked") for norm in norms}
+    zero = {norm for norm, count in counted.items() if count is not None and not count.any()}
+    new = {
+        norm
+        for norm in norms
+        if (state[f"{norm}.running_var"] == 1).all()
+        and not state.get(f"{norm}.running_mean", torch.zeros(())).any()
+    }
+    idle = set()
+    for some, known in (
+        (zero, [norm for norm in norms if counted[norm] is not None]),
+        (new, norms),
+    ):
+        idle |= some if len(some) < len(known) else set()
+    return [norm for norm in norms if norm in idle]
+
+
+@dataclass
+class Pairs:
+    """The convolutions of a state dict, each with the BN that follows it.
+
+    A BN's convolution has as many channels. By name it is the one called alike in the same module
+    (conv2 and bn2 or norm2, convs.0 and bns.0, 3 and 4 in a sequence); by order the last one with no
+    BN between, which says nothing if the tensors are sorted by name. Names win over the order. A
+    pair is doubtful, and left out, if
+    - another convolution without a BN of its own stands between the two,
+    - only the order speaks for it, and the two stand in different blocks,
+    - names alone or names and order speak for it, but a BN of the same name in another block of the
+      kind has other channels than its convolution, as in networks of pre-activation.
+
+    certain: the names of convolution and BN. doubtful: why a convolution is left out, by name.
+    ambiguous: the pairs on which names and order do not agree. convs: weights by name.
+    """
+
+    state: Mapping[str, Tensor]
+    certain: dict[str, str] = field(default_factory=dict)
+    doubtful: dict[str, str] = field(default_factory=dict)
+    ambiguous: list[str] = field(default_factory=list)
+    convs: dict[str, Tensor] = field(default_factory=dict)
+    norms: list[str] = field(default_factory=list)
+    leaves: dict[str, list[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.sorted = is_sorted(self.state)
+        keys = sorted(self.state, key=natural) if self.sorted else list(self.state)
+        self.place: dict[
+            str, int
+        ] = {}  # of convolutions and BNs, by name, in the order of the file
+        for key in keys:
+            module, _, leaf = key.rpartition(".")
+            self.leaves.setdefault(module, []).append(leaf)
+            if (name := convolution_of(key, self.state[key])) is not None:
+                self.convs[name] = self.state[key]
+                self.place[name] = len(self.place)
+            elif leaf == "running_var":
+                self.norms.append(module)
+                self.place[module] = len(self.place)
+        self.parents = {norm[:end] for norm in self.norms for end in dots(norm)}  # modules with BNs
+        self.named = {norm: self.find_namesake(norm) for norm in self.norms}
+        owned = {name for name, fits in self.named.values() if name and fits}
+        contrary = {group(norm) for norm, (name, fits) in self.named.items() if name and not fits}
+        pending: list[str] = []  # convolutions since the last BN
+        orphans: list[str] = []
+        for name in self.place:
+            if name in self.convs:
+                pending.append(name)
+                continue
+            conv, reason = self.choose(name, pending, owned, contrary)
+            if conv is None:
+                orphans.append(name)
+            elif reason:
+                self.doubtful[conv] = reason
+            else:
+                self.certain[conv] = name
+            pending = []
+        self.leave_out_pre_activation(orphans)
+
+    def find_namesake(self, norm: str) -> tuple[str | None, bool]:
+        """Return the convolution called like a BN, and whether it has as many channels."""
+        channels = len(self.state[f"{norm}.running_var"])
+        known = [
+            name
+            for name in namesakes(norm)
+            if name in self.convs and (self.sorted or self.place[name] < self.place[norm])
+        ]
+        fitting = [name for name in known if len(self.convs[name]) == channels]
+        return next(iter(fitting or known), None), bool(fitting)
+
+    def choose(
+        self, norm: str, pending: list[str], owned: set[str], contrary: set[str]
+    ) -> tuple[str | None, str]:
+        """Return the convolution before a BN, if any, and why the pair is doubtful, if it is."""
+        name, fits = self.named[norm]
+        channels = len(self.state[f"{norm}.running_var"])
+        last = pending[-1] if pending and not self.sorted else None
+        ordered = last if last is not None and len(self.convs[last]) == channels else None
+        if not fits:
+            if ordered is None or ordered in self.certain:
+                return None, ""
+            return ordered, "" if self.is_near(
+                ordered, norm
+            ) else f"the next BN, {norm}, is elsewhere"
+        assert name is not None
+        if group(norm) in contrary:
+            return name, f"BNs called like {norm} do not follow their convolutions in other blocks"
+        between = pending[pending.index(name) + 1 :] if name in pending and not self.sorted else []
+        if extra := [conv for conv in between if conv not in owned]:
+            return name, f"{extra[0]} stands between it and {norm}"
+        if ordered is not None and ordered != name:
+            self.ambiguous.append(f"{name} -> {norm}")
+        return name, ""
+
+    def leave_out_pre_activation(self, orphans: list[str]) -> None:
+        """Leave out all pairs by name if the last BN is alone and the first convolution has no BN.
+
+        So it is in networks of pre-activation whose blocks register the convolution first.
+        """
+        if not orphans or not self.convs or orphans[-1] != self.norms[-1]:
+            return
+        first, last = next(iter(self.convs)), list(self.convs)[-1]
+        channels = len(self.state[f"{orphans[-1]}.running_var"])
+        if first in self.certain or len(self.convs[last]) != channels:
+            return
+        for name, norm in list(self.certain.items()):
+            if self.named[norm][0] == name:
+                self.doubtful[name] = f"{orphans[-1]} comes last, as in networks of pre-activation"
+                del self.certain[name]
+
+    def is_near(self, conv: str, norm: str) -> bool:
+        """Return whether a convolution stands in the BN's module, or there in one without BNs or
+        with a name like the BN's; or the BN in the convolution's module.
+        """
+        if norm.startswith(f"{conv}."):
+            return True
+        home = norm[: norm.rfind(".") + 1]  # with its dot
+        inner = home + conv.removeprefix(home).partition(".")[0]
+        return conv.startswith(home) and (inner in namesakes(norm) or inner not in self.parents)
 
 
 def convolution_of(key: str, tensor: Tensor) -> str | None:
-    """The name of the convolution whose weight this is, also of a pruned or re-parametrised one;
-    None of other tensors.
+    """Return the name of the convolution whose weight this is, None for other tensors.
 
-    Of torch.nn.utils: prune and spectral_norm, weight_norm, and the parametrizations that have
-    followed them.
+    The weights of torch.nn.utils are known: prune, spectral_norm, weight_norm and the
+    parametrizations that have followed them.
     """
-    module = re.sub(
-        r"\.(weight|weight_orig|weight_v|parametrizations\.weight\.original1?)$", "", key
-    )
-    return module if module != key and tensor.ndim == 4 else None
+    return WEIGHT.sub("", key) if tensor.ndim == 4 and WEIGHT.search(key) else None
 
 
 def is_sorted(state: Mapping[str, Tensor]) -> bool:
-    """Whether the tensors are in the order of their names; modules register their weight before
-    their bias.
+    """Return whether the tensors are in the order of their names, as in .safetensors files.
 
-    Without BN's counters: safetensors' load_file puts these before all others.
+    Modules register their weight before their bias. The counters of BN do not matter: safetensors
+    puts these before all others.
     """
     names = [name for name in state if not name.endswith("num_batches_tracked")]
     return names == sorted(names)
 
 
-def in_order(state: Mapping[str, Tensor]) -> list[str]:
-    """The keys as modules registered them; where they are sorted by name, as modules probably did.
-
-    That is by number, with a BN right behind the convolution that is called alike, or right before
-    it, if there are such pairs of different channels: in networks of pre-activation BN has those of
-    the convolution's input.
-    """
-    if not is_sorted(state):
-        return list(state)
-    convs = convolutions(state)
-    norms = {
-        key.removesuffix(".running_var"): len(x)
-        for key, x in state.items()
-        if key.endswith(".running_var")
-    }
-    before = any(
-        name in convs and len(convs[name]) != norms[norm]
-        for norm in norms
-        for name in namesakes(norm)
-    )
-
-    def place(key: str) -> list[tuple[list[str | int], int]]:
-        parts = [
-            (part, re.sub("bn|normalization|norm|convolution", "conv", part))
-            for part in key.split(".")[:-1]
-        ]
-        return [
-            (natural(alike), (-1 if before else 1) * bool(re.search("bn|norm", part)))
-            for part, alike in parts
-        ]
-
-    return sorted(state, key=place)
-
-
 def natural(name: str) -> list[str | int]:
-    """A name as a key to sort by, with its numbers as numbers: every second part is one."""
+    """Return a key that sorts the numbers in a name as numbers: every second part is one."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))]
 
 
-def pair_by_name(state: Mapping[str, Tensor]) -> list[tuple[str, str, bool]]:
-    """The convolutions of a state dict, each with the BN that follows it and whether that is
-    certain, in order.
-
-    A BN's convolution has as many channels and comes before it. By name it is the one called alike
-    in the same module (conv2 and bn2 or norm2, convolution and normalization, convs.0 and bns.0, 3
-    and 4 in a sequence); by order the last one with no BN between. The name wins over the order. It
-    is certain where both say the same, or where only one says anything and it is near.
-    """
-    convs: dict[str, int] = {}
-    pairs: list[tuple[str, str, bool]] = []
-    last: str | None = None  # the last convolution, until a BN comes
-    for key in in_order(state):
-        tensor = state[key]
-        module, _, leaf = key.rpartition(".")
-        if (convolution := convolution_of(key, tensor)) is not None:
-            convs[convolution] = len(tensor)
-            last = convolution
-        elif leaf == "running_var":
-            named = next(
-                (name for name in namesakes(module) if convs.get(name) == len(tensor)), None
-            )
-            ordered = last if last is not None and convs[last] == len(tensor) else None
-            chosen = named or ordered
-            if chosen is not None:
-                alone = named is None or ordered is None
-                pairs.append(
-                    (chosen, module, is_near(chosen, module, state) if alone else named == ordered)
-                )
-            last = None
-    return pairs
+def dots(name: str) -> list[int]:
+    return [position for position, character in enumerate(name) if character == "."]
 
 
-def is_near(conv: str, norm: str, state: Mapping[str, Tensor]) -> bool:
-    """Whether a convolution stands in the BN's module, or there in one without BNs or with a name
-    like the BN's.
-
-    Or the BN stands in the convolution's. Else it may be the last of a pre-activation block, which
-    feeds an addition whatever BN comes next in the file.
-    """
-    if norm.startswith(f"{conv}."):
-        return True
-    home = norm[: norm.rfind(".") + 1]  # with its dot
-    inner = (
-        home + conv.removeprefix(home).partition(".")[0]
-    )  # the convolution itself, or the module that it is in
-    norms = (key for key in state if key.startswith(f"{inner}.") and key.endswith(".running_var"))
-    return conv.startswith(home) and (inner in namesakes(norm) or not any(norms))
+def group(norm: str) -> str:
+    """Return what the modules of blocks of one kind have in common: their name without numbers."""
+    return re.sub("[0-9]+", "#", norm.rpartition(".")[0])
 
 
 def namesakes(norm: str) -> list[str]:
-    """The names that a convolution before this BN may have: the usual ones, the likeliest first."""
+    """Return the usual names of the convolution before a BN, the likeliest first."""
     parent, dot, leaf = norm.rpartition(".")
-    alike = [
-        re.sub("bn|norm", "conv", norm.replace("normalization", "convolution"))
-    ]  # lists, too: bns.0 and convs.0
+    whole = norm.replace("normalization", "convolution")
+    alike = [re.sub("bn|norm", "conv", whole)]  # lists, too: bns.0 and convs.0
     if leaf.isdecimal():
         alike.append(f"{parent}{dot}{int(leaf) - 1}")
     elif re.search("bn|norm", leaf):
         alike.append(parent + dot + re.sub("bn|norm", "conv", leaf))
-    return [name for name in alike if name != norm]
+    if leaf in ("bn", "norm"):
+        alike.append(parent)  # the BN stands in its convolution
+    return [name for name in alike if name not in (norm, "")]
 
 
 def first_keys(state: Mapping[str, Tensor], count: int = 5) -> str:
-    """The first keys of a state dict, for messages."""
+    """Return the first keys of a state dict, for messages."""
     keys = list(state)
     return ", ".join(keys[:count]) + (f", ... ({len(keys)} in all)" if len(keys) > count else "")

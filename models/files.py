@@ -20,11 +20,10 @@ LEFT = f".*-{RANDOM}.*"  # matches the names of temporary files
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path`, which takes its place at the end of the block, unless the
-    block raises.
+    """Give a temporary name beside `path`, and rename the file to `path` at the end of the block.
 
-    The folder is made where there is none, and what processes that were killed have left of `path`
-    is removed. Raises OSError where it cannot be written.
+    If the block raises, what was at `path` stays. The folder is made if there is none, and what
+    killed processes have left of `path` is removed. Raises OSError if the file cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +39,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def remove_left(temporary: Iterable[Path], age: float = 0) -> None:
-    """Remove temporary files that killed processes have left: those at least `age` seconds old."""
+    """Remove temporary files that killed processes have left, if they are at least `age` seconds old."""
     for file in temporary:
         with suppress(FileNotFoundError):  # another process may have removed it
             if time.time() - file.stat().st_mtime >= age:
@@ -49,7 +48,7 @@ def remove_left(temporary: Iterable[Path], age: float = 0) -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block."""
+    """Make Ctrl-C wait for the end of the block."""
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     if ignored or threading.current_thread() is not threading.main_thread():  # there it never comes
         yield
@@ -65,6 +64,6 @@ def uninterrupted() -> Iterator[None]:
 
 
 def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,26 +6,23 @@
 
 from __future__ import annotations
 
-import atexit
-import os
-import signal
 import sys
-from types import FrameType, TracebackType
-from typing import NoReturn
+from contextlib import suppress
 
 LENGTH = 800  # characters
-SHORT_OF_MEMORY = (
+SHORT_OF_MEMORY = (  # torch's words
     "can't allocate memory",
     "not enough memory",
     "out of memory",
     "ALLOC_FAILED",
-)  # torch's words
-ROOM = "take another device, fewer images at a time, a smaller network, or end other programs"  # where memory is short
+)
+ROOM = "take another device, fewer images at a time, a smaller network, or end other programs"
 
 
 def one_line(error: BaseException | str) -> str:
-    """The message of an error without line breaks and control characters, cut in the middle where
-    it is very long.
+    """Return an error's message without line breaks and control characters.
+
+    A very long one is cut in the middle.
     """
     words = " ".join(str(error).split())
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
@@ -34,87 +31,40 @@ def one_line(error: BaseException | str) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is short: torch's CPU allocator has no class of its own for
-    that.
-    """
+    """Return whether an error says that memory is short: torch's CPU allocator has no class for it."""
     if isinstance(error, MemoryError):
         return True
     if not isinstance(error, RuntimeError):
         return False
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        words in str(error) for words in SHORT_OF_MEMORY
-    )
+    known = any(words in str(error) for words in SHORT_OF_MEMORY)
+    return known or isinstance(error, torch.OutOfMemoryError)
 
 
 def out_of_memory(error: BaseException, advice: str = ROOM) -> str:
-    """What to say of such an error, and what to do."""
+    """Return what to say of such an error, and what to do."""
     return f"out of memory: {advice}" + (f" ({error})" if str(error) else "")
 
 
 def does_not_run(error: BaseException) -> str:
-    """What to say where a network of the user's raises an error on images."""
-    return f"the network does not run on these images ({type(error).__name__}: {error}); --debug shows where"
+    """Return what to say if a user's network raises an error on images."""
+    words = f"{type(error).__name__}: {error}"
+    return f"the network does not run on these images ({words}); --debug shows where"
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name can stand in a line and in a table: it is printable, and no formula for a
-    spreadsheet.
-    """
+    """Return whether a name is printable and no formula for a spreadsheet."""
     return name.isprintable() and not name.startswith(("=", "+", "-", "@"))
 
 
 def report(error: BaseException | str) -> int:
-    """Print the message of an error that ends a command; its exit status."""
+    """Print the message of an error that ends a command, and return its exit status."""
     if isinstance(error, FileNotFoundError) and error.filename:  # Python's own, not one of ours
-        error = f"{error.filename}: {error.strerror}, and it was there before; run the command again when it is back"
-    print(f"error: {one_line(error)}", file=sys.stderr)
+        error = (
+            f"{error.filename}: {error.strerror}, and it was there before; "
+            "run the command again when it is back"
+        )
+    with suppress(OSError, ValueError):  # nobody reads stderr, or it cannot show the characters
+        print(f"error: {one_line(error)}", file=sys.stderr)
     return 2
-
-
-def answer_interrupts() -> None:
-    """For a command that begins: Ctrl-C where no `except` of ours is, as in imports, is one line
-    and status 130 too.
-
-    In the middle of an import the process ends at once: there is nothing to clean up, and torch's
-    modules swallow a KeyboardInterrupt, or make another error of it.
-    """
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        if is_importing(frame):
-            end("interrupted", 130)
-        raise KeyboardInterrupt
-
-    def answer(
-        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
-    ) -> None:
-        if issubclass(kind, KeyboardInterrupt):
-            end("interrupted", 130)
-        sys.__excepthook__(kind, error, traceback)
-
-    if (
-        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    ):  # what a script starts with & is not meant
-        return
-    signal.signal(signal.SIGINT, interrupt)
-    sys.excepthook = answer
-    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # all is done and said by then
-
-
-def is_importing(frame: FrameType | None) -> bool:
-    """Whether a signal came in the middle of an import, where what a handler raises may be
-    swallowed.
-    """
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return True
-        frame = frame.f_back
-    return False
-
-
-def end(words: str, status: int) -> NoReturn:
-    """Say so, and end the process, whatever runs in it."""
-    sys.stdout.flush()
-    print(words, file=sys.stderr, flush=True)
-    os._exit(status)

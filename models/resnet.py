@@ -43,7 +43,7 @@ BOTTLENECK_DEPTH = 50  # from this depth on, ImageNet networks have bottleneck b
 MOST_CLASSES = 10**9  # torch's sizes overflow at about 10^15
 OPTIONS = {
     "kind": tuple(KINDS.values()),
-    "shortcut": ("A", "B", "C"),
+    "shortcut": ("A", "B", "C", "pool"),
     "padding": ("both", "after"),
     "images": tuple(SIZES),
     "stride": ("1x1", "3x3"),
@@ -57,7 +57,8 @@ class Config:
     kind: `residual` or `plain`.
     depth: layers with weights; 6n + 2, or one of Table 1.
     shortcut: `A` (strided identity, padded with channels of zeros), `B` (1x1 convolution and BN if
-        the shape changes) or `C` (the same on every shortcut). Plain networks have none.
+        the shape changes), `C` (the same on every shortcut) or `pool` (`A` with average pooling
+        instead of the stride). Plain networks have none.
     padding: where option A adds its channels: half before and half after (`both`), or all `after`.
     classes: number of outputs.
     images: `cifar` (32x32) or `imagenet` (224x224).
@@ -187,17 +188,23 @@ def stages(depth: int, in_channels: int) -> nn.Sequential:
 
 
 class PadShortcut(nn.Module):
-    """Option A: take every second pixel if the map shrinks, and pad with channels of zeros."""
+    """Option A: take every second pixel if the map shrinks, and pad with channels of zeros.
 
-    def __init__(self, in_channels: int, channels: int, stride: int, padding: str) -> None:
+    pool: average instead of taking every second pixel.
+    """
+
+    def __init__(
+        self, in_channels: int, channels: int, stride: int, padding: str, *, pool: bool = False
+    ) -> None:
         super().__init__()
         extra = channels - in_channels
         before = extra // 2 if padding == "both" else 0
-        self.stride = stride
+        self.stride, self.pool = stride, pool
         self.pad = (0, 0, 0, 0, before, extra - before)  # (W, W, H, H, C before, C after)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x[:, :, :: self.stride, :: self.stride]  # (N, C_in, H, W) -> (N, C_in, H/s, W/s)
+        stride = self.stride  # (N, C_in, H, W) -> (N, C_in, H/s, W/s):
+        x = F.avg_pool2d(x, stride) if self.pool else x[:, :, ::stride, ::stride]
         return F.pad(x, self.pad)  # (N, C, H/s, W/s)
 
 
@@ -254,7 +261,10 @@ def make_shortcut(config: Config, in_channels: int, channels: int, stride: int) 
     changes = stride != 1 or in_channels != channels
     if config.shortcut == "C" or (config.shortcut == "B" and changes):
         return nn.Sequential(conv(in_channels, channels, 1, stride), nn.BatchNorm2d(channels))
-    return PadShortcut(in_channels, channels, stride, config.padding) if changes else nn.Identity()
+    if not changes:
+        return nn.Identity()
+    pool = config.shortcut == "pool"
+    return PadShortcut(in_channels, channels, stride, config.padding, pool=pool)
 
 
 def make_stages(config: Config, in_channels: int) -> list[nn.Sequential]:

@@ -1,10 +1,12 @@
-"""Drawing: a frame in, a matplotlib Figure out."""
+"""Figures of layer responses: a frame in, a matplotlib Figure out."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from plots.benchmark import draw_benchmark
     from plots.compare import draw_compare, draw_stages
     from plots.decomposition import draw_decomposition
     from plots.dynamics import draw_dynamics
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     from plots.neighbours import draw_neighbours
 
 __all__ = [
+    "draw_benchmark",
     "draw_compare",
     "draw_decomposition",
     "draw_dynamics",
@@ -20,20 +23,14 @@ __all__ = [
     "draw_stages",
 ]
 
-HOMES = {
-    "draw_compare": "plots.compare",
-    "draw_decomposition": "plots.decomposition",
-    "draw_dynamics": "plots.dynamics",
-    "draw_fig7": "plots.fig7",
-    "draw_neighbours": "plots.neighbours",
-    "draw_stages": "plots.compare",
-}
-
 
 def __getattr__(name: str) -> Any:
-    """Import matplotlib when it is needed: it takes a second, and --help does without."""
-    if name not in HOMES:
+    """Import a function, and with it matplotlib, when it is first used: that takes a second."""
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+    home = "compare" if name == "draw_stages" else name.removeprefix("draw_")
+    return getattr(import_module(f"plots.{home}"), name)
 
-    return getattr(import_module(HOMES[name]), name)
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -6,179 +6,198 @@ draw_fig7(frame, paper=curves()).savefig("fig7.pdf")  # curves: of analysis.pape
 
 from __future__ import annotations
 
-import math
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import BboxBase
 
-from plots.marks import mark, mark_legend
-from plots.style import COMPUTED, RC, WIDTH, columns_of, point_of, scale_std, styles, write_note
+from plots.style import (
+    COLUMN,
+    PAGE,
+    Frames,
+    Looks,
+    Style,
+    add_legend,
+    check_choice,
+    gather,
+    make_panels,
+    note_computed,
+    own_style,
+    scale_std,
+    styles,
+    write_note,
+)
 
-BEHIND: dict[
-    str, dict[str, Any]
-] = {  # curves in a network's colour beside its own, as the legend calls them
-    "paper (pale)": {"linewidth": 0.6, "alpha": 0.35},
-    "closed form": {"linewidth": 0.8, "dashes": (1.0, 1.0)},
-}
-SPARSE = (
-    1.0,
-    3.0,
-)  # dashes of a plain network's closed form: it may have the colour of a residual one's
-INSIDE, ROWS = 8, 5  # entries and rows of a legend; with more of either it stands above the panels
 ORDERS = ("original", "sorted by magnitude")
+SIZES = {"column": (COLUMN, 3.5), "wide": (PAGE, 3.9), "slide": (16 / 3, 3.0)}  # inches
+PAPER: Style = {
+    "linewidth": 0.4,
+    "markersize": 1.6,
+    "marker": ".",
+    "markeredgewidth": 0,
+    "alpha": 0.55,
+}
+FORMULA: Style = {"linewidth": 0.8, "dashes": (1.0, 1.0), "marker": ""}
+SPARSE = (1.0, 3.0)  # dashes of a plain network's closed form, which may have a ResNet's colour
+RING: Style = {"marker": "o", "markersize": 4.5, "markerfacecolor": "none", "markeredgewidth": 0.5}
+BAND: Style = {"alpha": 0.2, "linewidth": 0}
+GREY = "0.3"
+MARKED = 10  # markers on the longest curve
 
 
-def draw_fig7(frame: pd.DataFrame, paper: pd.DataFrame | None = None, note: str = "") -> Figure:
-    """Draw the two panels of the paper's Fig. 7 at the width of one column.
+def draw_fig7(
+    frames: Frames,
+    paper: pd.DataFrame | None = None,
+    *,
+    note: str = "",
+    scale: str = "auto",
+    size: str = "column",
+    ylim: tuple[float, float] | None = None,
+    palette: str = "paper",
+    title: str | None = None,
+    seeds: pd.DataFrame | None = None,
+    axes: Sequence[Axes] | None = None,
+) -> Figure:
+    """Draw the two panels of the paper's Fig. 7.
 
-    frame: columns network, kind, depth, layer, std, source; one curve a network, in the order of
-    the frame; where it holds both sources, the closed form is dotted, a plain network's sparsely.
-    paper: columns kind, depth, layer, std; its curves are drawn behind, thin and pale, where the
-    frame has a network of that kind and depth. note: stands below the figure. Returns a figure that
-    belongs to no window. Raises ValueError for an empty frame.
+    frames: a frame, or one a network: columns layer and std; if there, network, kind, depth,
+        source and dominated. A network with both sources gets a second, dotted curve.
+    paper: columns kind, depth, layer, std: the paper's curves, drawn as fine dotted lines behind
+        the networks of the same kind and depth; if size is "wide", on the left of them.
+    note: a text below the figure.
+    scale: of the axis: "log", "linear", or "auto": linear, but a curve that would flatten all
+        others is clipped, with an arrow and its highest value.
+    size: "column" or "wide" (one or both columns of a page), or "slide" (16:9).
+    ylim: the lowest and the highest std to show.
+    palette: "paper" or "colorblind".
+    title: a text above the figure.
+    seeds: columns network, seed, layer, std: a band from the lowest to the highest seed.
+    axes: two panels to draw into, in place of a new figure.
 
-    >>> frame = pd.DataFrame({"layer": [1, 2, 3], "std": [0.5, 1.5, 1.0], "source": "hooks"})
-    >>> figure = draw_fig7(frame.assign(network="plain-8", kind="plain", depth=8))
+    Raises ValueError for an empty frame, a missing column or an unknown choice.
+
+    >>> frame = pd.DataFrame({"layer": [1, 2, 3], "std": [0.5, 1.5, 1.0]})
+    >>> figure = draw_fig7(frame)
     >>> [panel.lines[0].get_ydata().tolist() for panel in figure.axes]
     [[0.5, 1.5, 1.0], [1.5, 1.0, 0.5]]
     """
-    if frame.empty:
-        raise ValueError("an empty frame: there is nothing to draw")
-    look = styles(frame)
-    formula = frame["source"] == "batchnorm"
-    both = bool(formula.any() and not formula.all())
-    with mpl.rc_context(RC):
-        figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
-        for panel, order in zip(figure.subplots(2, 1), ORDERS, strict=True):
-            shown = draw_paper(panel, frame, paper, look, order)
-            for (network, source), layers in frame.groupby(["network", "source"], sort=False):
-                dotted = (
-                    {"label": None, **BEHIND["closed form"]}
-                    if both and source == "batchnorm"
-                    else {}
-                )
-                if dotted and layers["kind"].iloc[0] == "plain":
-                    dotted["dashes"] = SPARSE
-                index, std, layer = curve(layers, order)
-                [line] = panel.plot(
-                    index, std, marker=point_of(index), **look[str(network)] | dotted
-                )
-                mark(line, str(network), layer)
-            behind = [entry for entry, wanted in zip(BEHIND, (shown, both), strict=True) if wanted]
-            legend = finish(panel, order, behind)
-        if formula.all():
-            write_note(figure, COMPUTED)
+    check_choice("size", size, SIZES)
+    with own_style():
+        frame = gather(frames, "layer", "std")
+        looks = styles(frame, palette)
+        theirs = match_paper(frame, paper)
+        apart = len(theirs) > 0 and size == "wide" and axes is None
+        shape = (1, 2) if size == "wide" and not apart else (2, 1 + apart)
+        options: Style = {} if axes is not None else {"sharey": True}
+        figure, panels = make_panels(axes, SIZES[size], *shape, **options)
+        ours = panels[1::2] if apart else panels
+        behind = panels[::2] if apart else panels
+        for panel, other, order in zip(ours, behind, ORDERS, strict=False):
+            draw_seeds(panel, seeds, looks, order)
+            lines = draw_curves(other, theirs, looks, order, {} if apart else PAPER)
+            lines += draw_curves(panel, frame, looks, order)
+            for each in dict.fromkeys((other, panel)):
+                finish(each, order, frame["layer"].max())
+                scale_std(each, lines, scale, ylim)
+        name_sides(panels, apart)
+        overlaid = len(theirs) > 0 and not apart
+        add_legend(figure, panels[0], looks, explain(frame, looks, overlaid, seeds))
+        if title:
+            figure.suptitle(title)
+        note_computed(figure, frame["network"], frame["source"])
         if note:
             write_note(figure, note)
-        draw_legends(figure, *legend)
     return figure
 
 
-def draw_paper(
-    panel: Axes,
-    frame: pd.DataFrame,
-    paper: pd.DataFrame | None,
-    look: dict[str, dict[str, Any]],
-    order: str,
-) -> bool:
-    """Draw the paper's curves of the networks of a frame, in their colours; False if there are
-    none.
-    """
-    networks = frame.drop_duplicates(["kind", "depth"])[["network", "kind", "depth"]].dropna()
-    shown = False
-    for network, kind, depth in networks.itertuples(index=False):
-        if paper is None:
-            break
-        layers = paper[(paper["kind"] == kind) & (paper["depth"] == depth)]
-        if len(layers):
-            index, std, _ = curve(layers, order)
-            [line] = panel.plot(
-                index, std, **look[network] | {"label": None} | BEHIND["paper (pale)"]
-            )
-            mark(line, network)
-            shown = True
-    return shown
+def match_paper(frame: pd.DataFrame, paper: pd.DataFrame | None) -> pd.DataFrame:
+    """Return the paper's curves of the networks of a frame, under the labels of the frame."""
+    networks = frame[["network", "kind", "depth"]].drop_duplicates(["kind", "depth"])
+    if paper is None:
+        return networks[:0]
+    depth = paper["depth"].astype(networks["depth"].dtype)
+    curves = paper[["kind", "layer", "std"]].assign(depth=depth, source="hooks", dominated=False)
+    return networks.merge(curves, on=["kind", "depth"])
 
 
-def curve(
-    layers: pd.DataFrame, order: str
-) -> tuple[pd.Series[int], pd.Series[float], pd.Series[int]]:
-    """Layer indices and stds of one network, in one of the `ORDERS`, and the layer that each point
-    is.
-    """
+def arrange(layers: pd.DataFrame, order: str) -> pd.DataFrame:
+    """Return the layers of one network in one of the ORDERS."""
     layers = layers.sort_values("layer")
-    points = (
-        layers if order == "original" else layers.sort_values("std", ascending=False, kind="stable")
-    )
-    return layers["layer"].astype(int), points["std"], points["layer"].astype(int)
+    if order == "original":
+        return layers
+    return layers.sort_values("std", ascending=False, kind="stable")
 
 
-def finish(panel: Axes, order: str, behind: list[str]) -> tuple[list[Any], list[str]]:
-    """Axis labels and ticks; and what the legend is to show, handles and labels."""
-    panel.set_xlabel(f"layer index ({order})")
-    panel.set_xlim(left=0)
-    panel.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-    scale_std(panel, [line.get_ydata() for line in panel.lines])
-    handles, labels = panel.get_legend_handles_labels()
-    handles += [Line2D([], [], color="0.3", **BEHIND[entry]) for entry in behind]
-    return handles, [*labels, *behind]
+def draw_curves(
+    panel: Axes, frame: pd.DataFrame, looks: Looks, order: str, style: Style | None = None
+) -> list[Line2D]:
+    """Draw a curve for every network and source. Returns the curves."""
+    lines: list[Line2D] = []
+    if frame.empty:
+        return lines
+    both = frame.groupby("network")["source"].nunique()
+    step = max(1, round(frame["layer"].max() / MARKED))
+    for (network, source), layers in frame.groupby(["network", "source"], sort=False):
+        points = arrange(layers, order)
+        x = np.sort(points["layer"].to_numpy(float))
+        every = 1 if style else (min(step // 2, len(x) - 1), step)
+        look = looks[network] | {"markevery": every} | (style or {})
+        if both[network] > 1 and source == "batchnorm":
+            sparse = {"dashes": SPARSE} if layers["kind"].iloc[0] == "plain" else {}
+            look |= FORMULA | sparse
+        lines += panel.plot(x, points["std"], **look)
+        few = points["dominated"].astype(bool).to_numpy()
+        panel.plot(x[few], points["std"][few], linestyle="", color=look["color"], **RING)
+    return lines
 
 
-def draw_legends(figure: Figure, handles: list[Any], labels: list[str]) -> None:
-    """A legend in the upper right of each panel, with room made for it; a long one stands above the
-    panels.
-    """
-    options: dict[str, Any] = {
-        "borderpad": 0.3,
-        "labelspacing": 0.2,
-        "handlelength": 2.2,
-        "columnspacing": 1.0,
-    }
-    beside = min(2, columns_of(labels, WIDTH - 0.5)) if len(labels) > 4 else 1
-    if len(labels) > INSIDE or len(labels) > ROWS * beside:
-        columns = columns_of(labels, WIDTH)
-        figure.set_figheight(figure.get_figheight() + 0.12 * math.ceil(len(labels) / columns))
-        legend = figure.legend(
-            handles, labels, loc="outside upper center", ncols=columns, **options
-        )
-        legend.get_frame().set_linewidth(0.4)
-        mark_legend(legend, handles)
+def draw_seeds(panel: Axes, seeds: pd.DataFrame | None, looks: Looks, order: str) -> None:
+    """Draw a band from the lowest to the highest seed of each network, in the order asked for."""
+    if seeds is None:
         return
-    for panel in figure.axes:
-        legend = panel.legend(
-            handles, labels, loc="upper right", ncols=beside, borderaxespad=0.2, **options
-        )
-        legend.set_in_layout(False)
-        legend.get_frame().set_linewidth(0.4)
-        mark_legend(legend, handles)
-    figure.draw_without_rendering()  # the layout is known from here on
-    for panel in figure.axes:
-        legend = cast(Legend, panel.get_legend())
-        make_room(panel, legend.get_window_extent().transformed(panel.transAxes.inverted()))
+    for network, layers in seeds[seeds["network"].isin(list(looks))].groupby("network"):
+        stds = layers.pivot_table(index="seed", columns="layer", values="std")  # (seeds, layers)
+        values = stds.to_numpy(float)
+        if order != "original":
+            values = -np.sort(-values, axis=1)
+        color = looks[str(network)]["color"]
+        panel.fill_between(stds.columns, values.min(0), values.max(0), color=color, **BAND)
 
 
-def make_room(panel: Axes, box: BboxBase) -> None:
-    """Raise the upper end of the axis until no curve runs through the box, which is in shares of
-    the panel.
-    """
-    scale = panel.yaxis.get_transform()
-    bottom, top = scale.transform(np.array(panel.get_ylim()))
-    left, right = panel.get_xlim()
-    grid = np.linspace(left + (box.x0 - 0.01) * (right - left), right, 200)
-    highest = bottom
-    for line in panel.lines:
-        x, y = np.asarray(line.get_xydata(), dtype=float).T
-        above = np.append(np.interp(grid, x, y, left=np.nan, right=np.nan), y[x >= grid[0]])
-        above = above[above > 0]
-        highest = max(highest, scale.transform(above).max(initial=bottom))
-    room = max(box.y0 - 0.03, 0.2)  # share of the panel's height that is left for the curves there
-    top = max(top, bottom + (highest - bottom) / room)
-    panel.set_ylim(*scale.inverted().transform(np.array([bottom, top])))
+def finish(panel: Axes, order: str, layers: int) -> None:
+    """Name the axis of layers, and let it begin at 0 as in the paper."""
+    panel.set_xlabel(f"layer index ({order})")
+    panel.set_xlim(0, 1.02 * layers)
+    panel.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+
+
+def name_sides(panels: Sequence[Axes], apart: bool) -> None:
+    """Say which side is the paper's, if it has one, and name a shared axis only once."""
+    if apart:
+        panels[0].set_title("He et al. (2016), Fig. 7")
+        panels[1].set_title("these networks")
+        for panel in panels[1::2]:
+            panel.set_ylabel("")
+
+
+def explain(
+    frame: pd.DataFrame, looks: Looks, paper: bool, seeds: pd.DataFrame | None
+) -> list[Any]:
+    """Return legend handles for each kind of curve or mark beside the networks' own."""
+    handles: list[Any] = []
+    if paper:
+        handles.append(Line2D([], [], color=GREY, label="the paper's curve", **PAPER))
+    if frame.groupby("network")["source"].nunique().max() > 1:
+        handles.append(Line2D([], [], color=GREY, label="closed form", **FORMULA))
+    if seeds is not None and seeds["network"].isin(list(looks)).any():
+        handles.append(Patch(facecolor=GREY, label="lowest to highest seed", **BAND))
+    if frame["dominated"].any():
+        label = "rests on few images"
+        handles.append(Line2D([], [], linestyle="", color=GREY, label=label, **RING))
+    return handles

@@ -202,10 +202,11 @@ def find_folder(options: Options) -> ImageSet | None:
     if options.data:
         return ImageFolder.open(options.data)
     message = "no images for networks with 224x224 input: name a folder of them with --data"
-    return without_images(message, options)
+    do_without_images(message, options)
+    return None
 
 
-def without_images(message: str, options: Options) -> None:
+def do_without_images(message: str, options: Options) -> None:
     """Say that the closed form is computed instead. Raise ValueError if hooks were asked for."""
     if options.sources:
         raise ValueError(message)
@@ -227,7 +228,8 @@ def find_cifar10(options: Options, sides: set[int]) -> ImageSet | None:
         if options.data or os.environ.get("CIFAR10"):
             raise
         if sides != {32} or options.split != "test":
-            return without_images(str(error), options)
+            do_without_images(str(error), options)
+            return None
         whole = ", all of it whatever --images says" if options.images else ""
         line = (
             f"{error}. The probe set stands for them{whole} (--data cifar10 asks for no stand-in)"

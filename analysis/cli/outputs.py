@@ -169,7 +169,7 @@ class Provenance:
     method: str | None = None
     rounding: dict[str, float] | None = None
     unpaired: dict[str, str] | None = None
-    unseen: list[str] | None = None
+    unseen: dict[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields that are known."""

@@ -1,22 +1,17 @@
-"""What a batch is: running a network on it, in parts where memory is short, its images, and the
-labels it hits.
-"""
+"""Batches: running a network on one, splitting it, its images, and the labels that it hits."""
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from models.messages import ROOM, is_out_of_memory
-
-T = TypeVar("T")
-BATCHES = "a tensor, (images, labels), or a dict of tensors that the network takes as keywords"
+BATCHES = (
+    "a batch is a tensor of normalised images (N, C, H, W), (images, integer labels), or a dict "
+    "of tensors that the network takes as keywords"
+)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -24,25 +19,49 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def run(model: nn.Module, batch: Any) -> Any:
-    """The output for one batch, on the model's device."""
+    """Return the model's output for one batch, which is moved to the model's device.
+
+    Raises ValueError, which says what a batch is, if it is something else.
+    """
     device = device_of(model)
     if isinstance(batch, Mapping):
-        return model(
-            **{
-                key: value.to(device) if isinstance(value, Tensor) else value
-                for key, value in batch.items()
-            }
-        )
-    images = batch[0] if isinstance(batch, tuple | list) and len(batch) in (1, 2) else batch
-    if not isinstance(images, Tensor):
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return model(**moved)
+    images = images_of(batch)
+    try:
+        return model(images.to(device))
+    except RuntimeError as error:
+        if images.is_floating_point():
+            raise
         raise ValueError(
-            f"a batch is {BATCHES}, not {type(batch).__name__} of {len(batch)}: say forward=, which runs it"
-        )
-    return model(images.to(device))
+            f"the images are {images.dtype} and the network does not take them: "
+            "normalise them to floats as in its training"
+        ) from error
+
+
+def images_of(batch: Any) -> Tensor:
+    """Return the images of a batch that is no dict. ValueError if it is not what `run` takes."""
+    images, labels = batch, None
+    if isinstance(batch, tuple | list) and len(batch) in (1, 2):
+        images, labels = batch[0], batch[1] if len(batch) == 2 else None
+    if isinstance(images, Tensor) and (labels is None or is_labels(labels)):
+        return images
+    words = type(batch).__name__
+    if isinstance(batch, tuple | list):
+        parts = (str(x.dtype) if isinstance(x, Tensor) else type(x).__name__ for x in batch[:4])
+        words += f" of {len(batch)} ({', '.join(parts)})"
+    raise ValueError(f"{BATCHES}, not {words}: pass the images alone, or say forward=")
+
+
+def is_labels(x: Any) -> bool:
+    """Whether x is a tensor of integers."""
+    return isinstance(x, Tensor) and not (
+        x.is_floating_point() or x.is_complex() or x.dtype == torch.bool
+    )
 
 
 def tensors_in(batch: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and dicts."""
+    """Yield the tensors in nested tuples, lists and dicts."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, Mapping | tuple | list):
@@ -51,66 +70,15 @@ def tensors_in(batch: Any) -> Iterator[Tensor]:
 
 
 def count_images(batch: Any) -> int:
+    """Return the length of the first tensor in a batch."""
     first = next(tensors_in(batch), None)
     if first is None or first.dim() == 0:
-        raise ValueError(
-            f"no tensor (N, ...) in a batch of type {type(batch).__name__}: its images cannot be counted"
-        )
+        raise ValueError(f"no images in a batch of type {type(batch).__name__}: {BATCHES}")
     return len(first)
 
 
-class Parts:
-    """Does something with a batch; where it does not fit into memory, with its halves, and so on
-    from there on.
-
-    what: it is done to, in a message. why_whole: why its batches cannot be split; empty where they
-    can.
-    """
-
-    def __init__(self, what: str, why_whole: str = "") -> None:
-        self.what, self.why_whole = what, why_whole
-        self.most: float = math.inf  # images at a time
-
-    def __call__(self, batch: Any, attempt: Callable[[Any], T]) -> Iterator[T]:
-        """What `attempt` gives for each part of a batch. It must leave no trace where it raises for
-        want of memory.
-
-        ValueError where one image does not fit, or a batch that cannot be split.
-        """
-        total = count_images(batch)
-        done = 0
-        while True:
-            size = int(min(self.most, total - done))
-            part = batch if size == total else part_of_batch(batch, total, done, done + size)
-            try:
-                result = attempt(part)
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                self.halve(size, error)
-            else:
-                done += size
-                yield result
-                if done == total:
-                    return
-
-    def halve(self, size: int, error: BaseException) -> None:
-        """Say that so many images are too many, and take half of them from here on."""
-        if size == 1:
-            raise ValueError(f"{self.what}: out of memory at one image: {ROOM}") from error
-        if self.why_whole:
-            raise ValueError(
-                f"{self.what}: out of memory at a batch of {size} images, {self.why_whole}"
-            ) from error
-        self.most = size // 2
-        line = f"{self.what}: out of memory at {size} images at a time, going on with {self.most}"
-        tqdm.write(line, file=sys.stderr)  # above a progress bar, where there is one
-
-
 def part_of_batch(batch: Any, total: int, first: int, end: int) -> Any:
-    """Images `first` to before `end` of a batch of `total`: a tensor, or such tensors in a tuple,
-    list or dict.
-    """
+    """Return the images from `first` to before `end` of a batch of `total` images."""
     if isinstance(batch, Tensor):
         return batch[first:end] if batch.dim() and len(batch) == total else batch
     if isinstance(batch, Mapping):
@@ -121,20 +89,15 @@ def part_of_batch(batch: Any, total: int, first: int, end: int) -> Any:
 
 
 def compare_labels(output: Any, batch: Any, classes: int | None = None) -> Tensor:
-    """Whether each label is hit (n,); no values where there are no labels, or no logits (N, 2
-    classes or more, ...).
+    """Return whether each label is hit, (n,); no values without labels or logits.
 
-    classes: of the labels; where it is known, logits of as many. Labels below 0, and 255 where no
-    class has that number, stand for what is to be ignored.
+    Labels below 0, and 255 if there is no such class, stand for what is to be ignored.
+
+    output: logits (N, classes, ...), or a tuple or dict that holds them. classes: number of
+    classes of the labels, if known; logits of another number are not compared.
     """
     logits, labels = logits_of(output), labels_of(batch)
-    if (
-        logits is None
-        or logits.dim() < 2
-        or logits.shape[1] < 2
-        or labels is None
-        or labels.is_floating_point()
-    ):
+    if logits is None or labels is None or logits.dim() < 2 or logits.shape[1] < 2:
         return torch.zeros(0)
     predicted = logits.argmax(1)
     if predicted.shape != labels.shape or classes not in (None, logits.shape[1]):
@@ -147,7 +110,7 @@ def compare_labels(output: Any, batch: Any, classes: int | None = None) -> Tenso
 def labels_of(batch: Any) -> Tensor | None:
     pair = isinstance(batch, tuple | list) and len(batch) == 2
     labels = batch.get("labels") if isinstance(batch, Mapping) else batch[1] if pair else None
-    return labels if isinstance(labels, Tensor) else None
+    return labels if is_labels(labels) else None
 
 
 def logits_of(output: Any) -> Tensor | None:

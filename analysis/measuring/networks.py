@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,7 @@ if TYPE_CHECKING:  # torch and pandas take seconds to import, and --help needs n
 
     from analysis.measuring.measurement import Measurement
     from models.checkpoints.loading import Checkpoint
-    from models.data import ImageSet
+    from models.data import Batch, ImageSet
 
 RESPONSE = 64  # bytes of a response in the first stage, per pixel of the image, in float32
 FIRST = 16  # images in the first batch, which runs unfolded and so costs more
@@ -157,15 +156,11 @@ def measure_networks(
 
 def report_gaps(label: str, measurement: Measurement, verbose: bool) -> None:
     """Say which convolutions are not measured, and why."""
-    for name_reasons, words in (
-        (measurement.unpaired, "not measured"),
-        (dict.fromkeys(measurement.unseen, "they did not run as modules"), "not measured"),
-    ):
-        by_reason: dict[str, list[str]] = {}
-        for name, reason in name_reasons.items():
-            by_reason.setdefault(reason, []).append(name)
-        for reason, names in by_reason.items():
-            print(f"{label}: {words}, {reason}: {list_names(names)}")
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in {**measurement.unpaired, **measurement.unseen}.items():
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        print(f"{label}: not measured, {reason}: {list_names(names)}")
     if verbose:
         print(f"{label}: measured {measurement.method}")
 
@@ -217,6 +212,8 @@ def run_networks(
     from analysis.measuring.measurement import Measurement, measuring
 
     device = device_of(options)
+    digests: dict[Path, bytes] = getattr(images, "digests", {})  # of files, as they are read
+    digests.clear()  # those of the sample
     first, end = part_of(len(images))
     total = (end - first) * len(networks)
     with together(), ExitStack() as stack:
@@ -240,13 +237,13 @@ def run_networks(
                 bar.set_description(network.label)
                 with named(network):
                     bar.update(meter.add(normalised(network, raw, labels)))
-    parts = exchange(([meter.result() for meter in meters], images.digests))
+    parts = exchange(([meter.result() for meter in meters], digests))
     merged = []
     for network, *others in zip(networks, *(results for results, _ in parts), strict=True):
         with named(network):
             merged.append(reduce(Measurement.merge, others))
-    for _, digests in parts:
-        images.digests.update(digests)
+    for _, theirs in parts:
+        digests.update(theirs)
     return merged
 
 
@@ -260,13 +257,12 @@ def normalised(network: Network, raw: np.ndarray, labels: np.ndarray | None) -> 
     return x if labels is None else (x, torch.from_numpy(labels))
 
 
-def make_batches(
-    images: ImageSet, first: int, end: int, options: Options
-) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+def make_batches(images: ImageSet, first: int, end: int, options: Options) -> Generator[Batch]:
     """Yield images (n, H, W, 3), uint8, and labels (n,); the first batch is a small one."""
     size = options.batch_size or default_batch_size(images.side, device_of(options).type)
     few = min(first + FIRST, end)
-    return chain(images.batches(size, first, few), images.batches(size, few, end))
+    yield from images.batches(size, first, few)
+    yield from images.batches(size, few, end)
 
 
 def default_batch_size(side: int, device: str) -> int:

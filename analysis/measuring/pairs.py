@@ -3,64 +3,47 @@
     >>> import torch
     >>> from models import build
     >>> network = build("resnet-8").eval()
-    >>> with torch.no_grad(), recording(network) as record:
+    >>> record = Recording(network)
+    >>> with torch.no_grad(), record.watching():
     ...     logits = network(torch.randn(2, 3, 32, 32))
-    ...     record.end_pass()
+    >>> record.end_pass()
     >>> [(layer.name, layer.norm) for layer in record.layers][:2], record.unpaired
-    ([('conv1', 'bn1'), ('layer1.0.conv1', 'layer1.0.bn1')], [])
+    ([('conv1', 'bn1'), ('layer1.0.conv1', 'layer1.0.bn1')], {})
 
-A pair is a BN whose input IS the convolution's output: the same tensor in the same version, so
-nothing was written into it in between (only what is written through `.data`, NumPy or DLPack leaves
-no trace). Every call of a BN is a layer of its own. Each response is reduced inside the hook,
-before an in-place ReLU can overwrite it; nothing is stored. The hooks run before those that the
-user put on the same module: they see what the modules themselves put out.
+During a pass a dispatch mode follows the memory of every convolution's output through all
+operations, and hooks say which module they run in. A pair is a BN whose input has the values of
+the output, and nothing else computes with these. Views, copies and casts to another float type
+leave them as they are. Every call of a BN is a layer of its own. Each response is reduced inside
+the hook, before an in-place ReLU can overwrite it; nothing is stored.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections import Counter
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
 from threading import get_ident
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks_of_all
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._mode_utils import no_dispatch
 
+from analysis.measuring.evaluation import qualified_names, reach, restoring
+from analysis.measuring.flow import Call, Flow, Frame, why_unpaired
 from analysis.measuring.moments import Moments
-from analysis.measuring.threads import Shared
+from analysis.measuring.norms import explain, is_norm
 
-PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-AFFINE = (
-    "weight",
-    "bias",
-    "running_mean",
-    "running_var",
-)  # a module with these four vectors is a norm
-EPSILONS = (
-    1e-5,
-    1e-3,
-    0.0,
-)  # of norms that do not say theirs: DETR's frozen one, TensorFlow's, maskrcnn-benchmark's
-EAGER = Shared(
-    lambda: torch.compiler.set_stance("force_eager")
-)  # the stance is the whole process's
-TOLERANCE = (
-    1e-4  # in largest responses: how far a norm's output may be from the formula by rounding
-)
 SHOWN = 12  # modules that a message lists
+UNKNOWN = "its input comes from a convolution that is no registered module"
 
 
 @dataclass
 class Layer:
-    """One call of a convolution and its BN: qualified names, the size of the first response, and
-    the moments so far.
+    """One call of a convolution and its BN: qualified names, the height and width of the first
+    response, and its moments.
     """
 
     name: str
@@ -70,335 +53,253 @@ class Layer:
     moments: Moments
 
 
-@dataclass
-class Call:
-    """One call of a convolution, and the BNs that have taken in its output."""
-
-    name: str
-    norms: list[nn.Module] = field(default_factory=list)
-
-
-@dataclass
 class Recording:
     """The layers of a network in forward order, as they were met in the passes so far.
 
-    unpaired: the names of the convolutions with an output that went into no BN unchanged, in
-    forward order.
+    unpaired: why the output of a convolution is in no layer, by name. unseen: convolutions that
+    did not run as modules, and norms fed by such, by name. position: of the first image of the
+    next pass; images: how many the pass has.
     """
 
-    names: dict[nn.Module, str]  # qualified, without the parts that wrappers put in
-    kernel_size: tuple[int, int] = (3, 3)
-    grouped: bool = True
-    layers: list[Layer] = field(default_factory=list)
-    unpaired: list[str] = field(default_factory=list)
-    batch: int = 0  # passes finished
-    passing: list[Layer] = field(
-        default_factory=list
-    )  # met in this pass, which counts when it is over
-    calls: list[Call] = field(default_factory=list)  # of convolutions in this pass
-    outputs: MutableMapping[Tensor, tuple[Call, int]] = field(
-        default_factory=WeakTensorKeyDictionary
-    )  # and versions
-    epsilons: dict[nn.Module, float] = field(
-        default_factory=dict
-    )  # of norms that are not torch's own
-    seen: dict[nn.Module, None] = field(
-        default_factory=dict
-    )  # convolutions and norms met, for messages
-    thread: int = field(
-        default_factory=get_ident
-    )  # whose passes these are: what others run does not count
-
-    def after_conv(self, conv: nn.Conv2d, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook: remember the output of a convolution that is asked for."""
-        if get_ident() != self.thread:
-            return
-        self.seen[conv] = None
-        if not self.is_asked_for(conv):
-            return
-        call = Call(self.names[conv])
-        self.calls.append(call)
-        if isinstance(output, Tensor):
-            if output.is_inference():
-                raise ValueError(
-                    f"{call.name} runs in torch.inference_mode, where a change in place leaves no trace: "
-                    "use torch.no_grad in its place"
-                )
-            self.outputs[output] = call, output._version
-
-    def after_norm(
-        self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    def __init__(
+        self,
+        model: nn.Module,
+        kernel_size: int | tuple[int, int] = (3, 3),
+        *,
+        grouped: bool = True,
     ) -> None:
-        """Forward hook: a layer, where the input is a convolution's output as it was."""
-        if get_ident() != self.thread:
-            return
-        self.seen[norm] = None
-        x = next(iter((*args, *kwargs.values())), None)
-        if not isinstance(x, Tensor) or x not in self.outputs:
-            return
-        call, version = self.outputs[x]
-        inside = [inner for inner in norm.modules() if inner is not norm]
-        if x._version != version or any(
-            inner in call.norms for inner in inside
-        ):  # its inner BN did the work
-            return
-        call.norms.append(norm)
-        # any other may carry an activation, or be frozen; and hooks of all modules run before this
-        # one
-        known = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and "forward" not in vars(norm)
-        if x.numel() and not (known and not hooks_of_all._global_forward_hooks):
-            if norm not in self.epsilons:
-                self.epsilons[norm] = find_epsilon(self.names[norm], norm, x, output)
-            output = normalise(norm, x, self.epsilons[norm])
-        self.add(call.name, self.names[norm], output.detach())
-
-    def add(self, name: str, norm: str, response: Tensor) -> None:
-        """Take in the response (N, C, H, W) of the next layer of this pass."""
-        none = response.new_zeros(
-            response.shape[1], dtype=torch.float64
-        )  # of a head that found nothing on these images
-        moments = Moments.of(response) if response.numel() else Moments(0, none, none)
-        if not (torch.isfinite(moments.mean).all() and torch.isfinite(moments.m2).all()):
+        size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        if len(size) != 2 or min(size) < 1:
             raise ValueError(
-                f"NaN or infinity in the response of layer {len(self.passing) + 1} ({name}) in batch {self.batch + 1}: "
-                "look at the weights and at the images"
+                "kernel_size must be one or two positive integers, such as 3 or (3, 3), "
+                f"not {kernel_size!r}"
             )
-        if self.batch:
-            layer = self.layers[len(self.passing)] if len(self.passing) < len(self.layers) else None
-            if layer is None or (layer.name, layer.norm) != (name, norm):
-                raise self.other_path(f"{name} -> {norm} ran")
-        self.passing.append(Layer(name, norm, response.shape[2], response.shape[3], moments))
-
-    def end_pass(self) -> None:
-        """A forward pass over a batch is over, and counts: one call of the network, or as many as
-        its user makes.
-        """
-        missed = [call.name for call in self.calls if not call.norms]
-        if not (self.layers or self.passing):
-            kernel = "x".join(map(str, self.kernel_size)) + ("" if self.grouped else " ungrouped")
-            raise ValueError(
-                f"no {kernel} convolution whose output goes unchanged into a BN; the network ran {self.list_seen()}"
-            )
-        if self.batch == 0:
-            self.layers = self.passing.copy()
-        elif len(self.passing) < len(self.layers):
-            raise self.other_path(f"{self.layers[len(self.passing)].name} did not run")
-        else:
-            pairs = zip(self.layers, self.passing, strict=True)
-            merged = [
-                layer.moments.merge(new.moments) for layer, new in pairs
-            ]  # all of them, before any is set
-            for layer, moments in zip(self.layers, merged, strict=True):
-                layer.moments = moments
-        self.unpaired = list(dict.fromkeys(self.unpaired + missed))
-        self.batch += 1
+        self.names = qualified_names(model)
+        self.kernel_size, self.grouped = size, grouped
+        self.convs = {module for module in self.names if is_conv(module)}
+        self.norms = {module for module in self.names if is_norm(module)}
+        self.first: list[Layer] = []  # as the first pass met them
+        self.totals: Moments | None = None  # of all layers side by side
+        self.unpaired: dict[str, str] = {}
+        self.strangers: dict[str, str] = {}  # norms whose convolution is unknown
+        self.seen: dict[nn.Module, None] = {}  # convolutions and norms that ran
+        self.passes = self.position = self.images = 0
+        self.thread = get_ident()
+        self.folded: set[nn.Module] = set()  # modules that others record in this pass
+        self.proving = True  # whether pairs that are not asked for are looked at, too
         self.drop_pass()
 
     def drop_pass(self) -> None:
-        """Forget what was met since the last pass that is over."""
-        self.passing.clear()
-        self.calls.clear()
-        self.outputs.clear()
+        """Forget what the last pass met."""
+        self.passing: list[tuple[Call, Layer]] = []
+        self.calls: list[Call] = []
+        self.ran: Counter[nn.Module] = Counter()
+        self.flow = Flow(self.kernel_size, bool(self.folded))
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Return a context that records one forward pass; say `end_pass` after it.
+
+        Inside it compiled modules run eagerly, and data-parallel ones on one device.
+        """
+        return restoring(self.watch)
+
+    def watch(self, stack: ExitStack) -> None:
+        self.drop_pass()
+        reach(self.names, stack)
+        for module in (self.convs | self.norms) - self.folded:
+            handle = module.register_forward_pre_hook(self.before_module, prepend=True)
+            stack.callback(handle.remove)
+            after = module.register_forward_hook(self.after_module, prepend=True, with_kwargs=True)
+            stack.callback(after.remove)
+        stack.callback(register_module_forward_pre_hook(self.before_any_module).remove)
+        stack.enter_context(self.flow)
+
+    def before_module(self, module: nn.Module, args: Any) -> None:
+        """Note that a convolution or norm begins to run."""
+        if get_ident() == self.thread:
+            self.flow.stack.append(Frame(module, module in self.convs))
+
+    def before_any_module(self, module: nn.Module, args: Any) -> None:
+        """Refuse to change a BN that flags and buffers of the network do not reach."""
+        if get_ident() != self.thread:
+            return
+        if isinstance(module, _BatchNorm) and module not in self.names:
+            name = f"a {type(module).__name__} that is not registered in the network"
+            if module.training:
+                raise ValueError(
+                    f"{name} would change its statistics: keep modules in an nn.ModuleList or "
+                    "nn.ModuleDict instead of a plain list or dict"
+                )
+            self.strangers[name] = "hooks and training flags do not reach it"
+
+    def after_module(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Track a convolution's output, or take in a norm's response."""
+        if get_ident() != self.thread:
+            return
+        while (frame := self.flow.stack.pop()).module is not module:
+            pass  # its forward raised, and the network caught that
+        self.seen[module] = None
+        self.ran[module] += 1
+        with no_dispatch():
+            if frame.is_conv:
+                self.after_conv(module, output)
+            else:
+                self.after_norm(frame, next(iter((*args, *kwargs.values())), None), output)
+
+    def after_conv(self, conv: nn.Module, output: Any) -> None:
+        call = Call(self.names[conv], conv, self.is_asked_for(conv))
+        self.calls.append(call)
+        if not isinstance(output, Tensor):
+            return
+        if output.is_inference():
+            raise ValueError(
+                f"{call.name} runs in torch.inference_mode, where a change in place leaves no "
+                "trace: use torch.no_grad instead"
+            )
+        if output.dim() == 3:
+            raise ValueError(
+                f"{call.name} took in one image without a batch dimension: a batch of images is "
+                "(N, C, H, W), and batches are a list of them"
+            )
+        output._measured_call = call  # type: ignore[attr-defined]
+        self.flow.track(output, call)
+
+    def after_norm(self, frame: Frame, x: Any, output: Any) -> None:
+        norm = frame.module
+        call = self.flow.find(x) if isinstance(x, Tensor) else None
+        for other, operation in frame.uses:
+            if other is not call:
+                other.uses.append(operation)
+        if call is None or call in frame.inner:  # a norm inside it did the work
+            return
+        call.norms.append(norm)
+        for outer in self.flow.stack:
+            outer.inner.append(call)
+        if call.conv is None and call.asked:
+            self.strangers[self.names[norm]] = UNKNOWN
+        if call.conv is None or not (call.asked or self.proving):
+            return
+        name = self.names[norm]
+        try:
+            response, call.direct = explain(name, norm, x, output, frame.redo, frame.result)
+        except ValueError:
+            if call.asked:
+                raise
+            return
+        call.same = getattr(x, "_measured_call", None) is call
+        call.explained, call.changes_type = True, response.dtype != x.dtype
+        if call.asked:
+            self.add(call, name, response.detach())
+
+    def add(self, call: Call, norm: str, response: Tensor) -> None:
+        """Take in the response (N, C, H, W) of the next layer of this pass."""
+        moments = Moments.empty(response.shape[1], response.device)
+        if response.numel():  # a head may find nothing on some images
+            moments = Moments.of(response, self.first_of(response))
+        if not (moments.means.isfinite().all() and moments.m2s.isfinite().all()):
+            raise ValueError(
+                f"NaN or infinity in the response of layer {len(self.passing) + 1} ({call.name}) "
+                f"in batch {self.passes + 1}: look at the weights and at the images"
+            )
+        self.keep(call, norm, response, moments)
+
+    def keep(self, call: Call, norm: str, response: Tensor, moments: Moments) -> None:
+        """Append a layer to this pass."""
+        height, width = response.shape[2:]
+        self.passing.append((call, Layer(call.name, norm, height, width, moments)))
+
+    def first_of(self, response: Tensor) -> int | None:
+        """Return the position of a response's first image; None if its rows are no images."""
+        return self.position if len(response) == self.images else None
+
+    def end_pass(self) -> None:
+        """Count the pass that is over: one call of the network, or as many as its user makes."""
+        layers = [layer for call, layer in self.passing if not why_unpaired(call, self.names)]
+        missed = {c.name: r for c in self.calls if c.asked and (r := why_unpaired(c, self.names))}
+        if self.passes == 0 and not layers:
+            raise ValueError(self.nothing_found(missed))
+        if self.passes:
+            self.compare(layers)
+        if self.totals is None:
+            self.first, self.totals = layers, Moments.cat([layer.moments for layer in layers])
+        else:
+            self.totals = self.totals.merge(Moments.cat([layer.moments for layer in layers]))
+        self.unpaired = {**missed, **self.unpaired}
+        self.passes += 1
+
+    def compare(self, layers: list[Layer]) -> None:
+        """Raise ValueError unless these are the layers of the first pass."""
+        ours, theirs = ([(x.name, x.norm) for x in some] for some in (self.first, layers))
+        if ours == theirs:
+            return
+        other = [pair for n, pair in enumerate(theirs) if ours[n : n + 1] != [pair]]
+        what = f"{ours[min(len(theirs), len(ours) - 1)][0]} did not run"
+        if other:
+            what = f"{other[0][0]} -> {other[0][1]} ran"
+        raise ValueError(
+            f"batch {self.passes + 1} takes another path through the network than the first: "
+            f"{what}; all batches of a measurement must run the same layers"
+        )
 
     @property
-    def unseen(self) -> list[str]:
-        """The convolutions that are asked for and of which hooks saw no call: they see modules that
-        are called.
-        """
-        return [
-            name
-            for module, name in self.names.items()
-            if isinstance(module, nn.Conv2d)
-            and self.is_asked_for(module)
-            and module not in self.seen
-        ]
+    def layers(self) -> list[Layer]:
+        """The layers with the moments of all passes, on the CPU."""
+        if self.totals is None:
+            return []
+        channels = [layer.moments.means.shape[1] for layer in self.first]
+        parts = zip(self.first, self.totals.to("cpu").split(channels), strict=True)
+        return [replace(layer, moments=moments) for layer, moments in parts]
 
-    def is_asked_for(self, conv: nn.Conv2d) -> bool:
+    @property
+    def unseen(self) -> dict[str, str]:
+        """Why hooks did not see a convolution that is asked for, or the one before a norm."""
+        missed = [conv for conv in self.names if conv in self.convs and conv not in self.seen]
+        return {
+            self.names[conv]: "it did not run as a module"
+            for conv in missed
+            if self.is_asked_for(conv)
+        } | self.strangers
+
+    def is_asked_for(self, conv: Any) -> bool:
         return conv.kernel_size == self.kernel_size and (conv.groups == 1 or self.grouped)
 
-    def other_path(self, what: str) -> ValueError:
-        return ValueError(
-            f"batch {self.batch + 1} takes another path through the network than the first: {what}; "
-            "all batches of a measurement must run the same layers"
-        )
-
-    def list_seen(self) -> str:
-        """The convolutions and norms that ran, such as `conv1 (Conv2d 7x7), bn1 (BatchNorm2d)`, and
-        what to look at.
-        """
+    def nothing_found(self, missed: dict[str, str]) -> str:
+        """Return why there is nothing to measure, and what to look at."""
+        if not self.norms and not self.strangers:
+            return (
+                "the network has no BN: analysis.measure_branches measures its residual additions"
+            )
+        kernel = "x".join(map(str, self.kernel_size)) + ("" if self.grouped else " ungrouped")
+        words = f"no {kernel} convolution whose output goes unchanged into a BN and nowhere else"
+        if missed or self.strangers:
+            return f"{words}: {list_reasons({**missed, **self.strangers})}"
         if not self.seen:
-            return "no convolution and no BN that hooks could see: they see modules that are called, not functions"
-        described = [
-            f"{self.names[module]} ({describe(module)})".lstrip()
-            for module in list(self.seen)[:SHOWN]
-        ]
-        more = f" and {len(self.seen) - SHOWN} more" if len(self.seen) > SHOWN else ""
-        return (
-            f"{', '.join(described)}{more}: look at the kernels, and at what comes between the two"
-        )
+            return (
+                f"{words}: hooks saw no convolution and no BN, since they see modules, no functions"
+            )
+        ran = [f"{self.names[m]} ({describe(m)})".lstrip() for m in self.seen]
+        more = f" and {len(ran) - SHOWN} more" if len(ran) > SHOWN else ""
+        return f"{words}: the network ran {', '.join(ran[:SHOWN])}{more}; look at the kernels"
 
 
-def describe(module: nn.Module) -> str:
-    """The class of a convolution or norm, and its kernel and groups."""
+def list_reasons(reasons: dict[str, str], shown: int = 3) -> str:
+    """Return the first names and reasons, and how many more there are.
+
+    >>> list_reasons({"conv1": "it did not run"})
+    'conv1 (it did not run)'
+    """
+    listed = ", ".join(f"{name} ({reason})" for name, reason in list(reasons.items())[:shown])
+    return listed + (f" and {len(reasons) - shown} more" if len(reasons) > shown else "")
+
+
+def is_conv(module: nn.Module) -> bool:
+    return isinstance(module, _ConvNd) and len(module.kernel_size) == 2 and not module.transposed
+
+
+def describe(module: Any) -> str:
+    """Return the class of a convolution or norm, with the kernel and groups."""
     words = type(module).__name__
-    if isinstance(module, nn.Conv2d):
+    if is_conv(module):
         words += " " + "x".join(map(str, module.kernel_size))
         words += f", {module.groups} groups" if module.groups > 1 else ""
     return words
-
-
-@contextmanager
-def recording(
-    model: nn.Module, kernel_size: int | tuple[int, int] = (3, 3), *, grouped: bool = True
-) -> Iterator[Recording]:
-    """Record the responses of every forward pass inside the block; hooks are removed at its end,
-    whatever happens.
-
-    Say `end_pass` after each pass: only the caller knows, as networks call themselves too. grouped:
-    whether convolutions of several groups (depthwise ones too) are in. Inside the block compiled
-    modules run eagerly and DataParallel and DistributedDataParallel on one device, so that hooks
-    see every call.
-    """
-    size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(
-            f"kernel_size must be one or two positive integers, such as 3 or (3, 3), not {kernel_size!r}"
-        )
-    names = qualified_names(model)
-    for module, name in names.items():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ValueError(
-                f"{name or 'the network'} is a torch.jit module, and hooks see nothing of what runs inside it: "
-                "measure the network that it was made from"
-            )
-    record = Recording(names, size, grouped)
-    with reachable(names), ExitStack() as hooks:
-        for module in names:
-            if isinstance(module, nn.Conv2d):
-                hooks.enter_context(module.register_forward_hook(record.after_conv, prepend=True))
-            elif is_norm(module):
-                hooks.enter_context(
-                    module.register_forward_hook(record.after_norm, prepend=True, with_kwargs=True)
-                )
-        yield record
-
-
-def is_wrapper(module: nn.Module) -> bool:
-    """Whether it only passes on what its one child does: data-parallel, or made by torch.compile."""
-    return isinstance(module, PARALLEL) or "_orig_mod" in module._modules
-
-
-def qualified_names(
-    module: nn.Module, name: str = "", names: dict[nn.Module, str] | None = None
-) -> dict[nn.Module, str]:
-    """Every module once, with its name as it would be without wrappers."""
-    names = {} if names is None else names
-    if module not in names:
-        names[module] = name
-        for part, child in module.named_children():
-            qualified_names(
-                child, name if is_wrapper(module) else f"{name}.{part}".lstrip("."), names
-            )
-    return names
-
-
-@contextmanager
-def reachable(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """See to it that every call of a module runs its hooks, in this thread."""
-    with ExitStack() as stack:
-        if (
-            "torch._dynamo" in sys.modules
-        ):  # else nothing is compiled, and to import it takes a second
-            stack.enter_context(EAGER())
-        own = [parallel.forward for parallel in PARALLEL]  # a class of the user's may do more
-        for (
-            module
-        ) in modules:  # copies on other devices have hooks too; DDP waits for other processes
-            if isinstance(module, PARALLEL) and type(module).forward in own:
-                stack.enter_context(replacing_forward(module, module.module.__call__))
-        yield
-
-
-@contextmanager
-def replacing_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside the block the module runs `forward`; then its own again, of its class or set on it."""
-    own = vars(module)
-    before = own.get("forward")
-    own["forward"] = forward
-    try:
-        yield
-    finally:
-        del own["forward"]
-        if before is not None:
-            own["forward"] = before
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether it is a BN of torch's, or has the four tensors of one."""
-    if isinstance(module, _BatchNorm):
-        return True
-    own = {
-        **dict(module.named_parameters(recurse=False)),
-        **dict(module.named_buffers(recurse=False)),
-    }
-    if not all(name in own for name in AFFINE):
-        return False
-    if any(is_lazy(own[name]) for name in AFFINE):
-        return True
-    shapes = {own[name].shape for name in AFFINE}
-    return len(shapes) == 1 and len(shapes.pop()) == 1
-
-
-def normalise(norm: Any, x: Tensor, eps: float) -> Tensor:
-    """What a norm's tensors make of x (N, C, H, W): (x - mean) / sqrt(var + eps) * weight + bias."""
-    batch_statistics = norm.running_mean is None
-    return F.batch_norm(
-        x, norm.running_mean, norm.running_var, norm.weight, norm.bias, batch_statistics, eps=eps
-    )
-
-
-def find_epsilon(name: str, norm: nn.Module, x: Tensor, output: Any) -> float:
-    """The epsilon with which a norm's tensors explain its output: the one that it says, or one of
-    the usual.
-
-    The output is explained by the formula, or by the formula followed by the norm's submodules:
-    timm's BatchNormAct2d carries its activation there. ValueError where it is not: what the
-    response is cannot be told.
-    """
-    own = float(getattr(norm, "eps", EPSILONS[0]))
-    candidates = (own,) if isinstance(norm, _BatchNorm) else (own, *EPSILONS)
-    if isinstance(output, Tensor) and not output.isfinite().all():
-        return candidates[0]  # the NaN or infinity will be reported
-    for after in ([], list(norm.children())):
-        misfits = {
-            eps: misfit(run_all(after, normalise(norm, x, eps)), output) for eps in candidates
-        }
-        eps = min(candidates, key=misfits.__getitem__)
-        if misfits[eps] <= max(TOLERANCE, 4 * torch.finfo(x.dtype).eps):
-            return eps
-    raise ValueError(
-        f"{name} ({type(norm).__name__}) has the tensors of a BN, but its output is not what they make of its input, "
-        "nor that after its submodules: put its activation into a submodule or behind it, or use nn.BatchNorm2d"
-    )
-
-
-def run_all(modules: list[nn.Module], y: Tensor) -> Any:
-    """What the modules make of y one after another; None where they cannot."""
-    try:
-        for module in modules:
-            y = module.forward(y)  # not module(y): no hook of the user's shall count this call
-    except Exception:
-        return None
-    return y
-
-
-def misfit(expected: Any, output: Any) -> float:
-    """The largest difference, in largest expected values."""
-    if not (
-        isinstance(output, Tensor)
-        and isinstance(expected, Tensor)
-        and output.shape == expected.shape
-    ):
-        return float("inf")
-    scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
-    return ((output - expected).abs().max() / scale).item()

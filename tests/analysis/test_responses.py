@@ -8,7 +8,6 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 

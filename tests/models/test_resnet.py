@@ -91,7 +91,7 @@ def test_a_name_that_does_not_exist(name, message):
     ("config", "message"),
     [
         (Config("dense", 20), "unknown kind 'dense': one of residual, plain"),
-        (Config("residual", 20, shortcut="D"), "unknown shortcut 'D': one of A, B, C"),
+        (Config("residual", 20, shortcut="D"), "unknown shortcut 'D': one of A, B, C, pool"),
         (Config("residual", 20, padding="before"), "unknown padding 'before': one of both, after"),
         (Config("residual", 20, classes=0), "classes must be 1 to 1,000,000,000, not 0"),
         (Config("residual", 20, classes=10**23), "classes must be 1 to 1,000,000,000, not 1000000"),

@@ -1,250 +1,145 @@
-import io
-
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.colors import to_rgb
 
 from analysis.paper import curves
 from plots import draw_fig7
-from plots.style import RC
 
-FRAME = curves().assign(source="hooks", std=lambda frame: frame["std"] * 1.1)
-
-
-def save(figure, suffix):
-    buffer = io.BytesIO()
-    with mpl.rc_context(RC):
-        figure.savefig(buffer, format=suffix, metadata={"Date": None} if suffix == "svg" else None)
-    return buffer.getvalue()
+PAPER = curves()
+FRAME = PAPER.assign(source="hooks", std=PAPER["std"] * 1.1)
+LABELS = ["plain-20", "plain-56", "ResNet-20", "ResNet-56", "ResNet-110"]
 
 
-def test_two_panels_with_the_papers_words():
-    upper, lower = draw_fig7(FRAME).axes
-    assert [axes.get_xlabel() for axes in (upper, lower)] == [
-        "layer index (original)",
-        "layer index (sorted by magnitude)",
-    ]
-    assert [axes.get_ylabel() for axes in (upper, lower)] == ["std", "std"]
-    for axes in (upper, lower):
-        legend = [text.get_text() for text in axes.get_legend().get_texts()]
-        assert legend == ["plain-20", "plain-56", "ResNet-20", "ResNet-56", "ResNet-110"]
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def curves_of(panel, label):
+    return [line for line in panel.lines if line.get_label() == label]
+
+
+def test_two_panels_with_the_papers_words_and_one_legend():
+    figure = draw_fig7(FRAME, title="A title", note="A note")
+    words = ["layer index (original)", "layer index (sorted by magnitude)"]
+    assert [panel.get_xlabel() for panel in figure.axes] == words
+    assert [panel.get_ylabel() for panel in figure.axes] == ["std", "std"]
+    assert (figure.get_suptitle(), figure.get_supxlabel()) == ("A title", "A note")
+    assert len(figure.legends) == 1
+    assert legend(figure) == LABELS
 
 
 def test_the_curves_are_the_frames_numbers_in_both_orders():
-    shuffled = FRAME.sample(frac=1, random_state=0)
-    upper, lower = draw_fig7(shuffled).axes
+    upper, lower = draw_fig7(FRAME.sample(frac=1, random_state=0)).axes
     for network, layers in FRAME.groupby("network"):
         label = network.replace("resnet", "ResNet")
-        [original] = [line for line in upper.lines if line.get_label() == label]
-        [ordered] = [line for line in lower.lines if line.get_label() == label]
-        assert (
-            original.get_xdata().tolist()
-            == ordered.get_xdata().tolist()
-            == layers["layer"].tolist()
-        )
+        [original], [ordered] = curves_of(upper, label), curves_of(lower, label)
+        assert original.get_xdata().tolist() == ordered.get_xdata().tolist()
+        assert original.get_xdata().tolist() == layers["layer"].tolist()
         assert original.get_ydata().tolist() == layers["std"].tolist()
         assert ordered.get_ydata().tolist() == sorted(layers["std"], reverse=True)
 
 
-def test_the_papers_colours_and_dashes():
-    upper = draw_fig7(FRAME).axes[0]
-    look = {line.get_label(): (to_rgb(line.get_color()), line.is_dashed()) for line in upper.lines}
-    assert look == {
-        "plain-20": ((0.75, 0.75, 0), True),
-        "plain-56": ((1, 0, 0), True),
-        "ResNet-20": ((0.75, 0.75, 0), False),
-        "ResNet-56": ((1, 0, 0), False),
-        "ResNet-110": ((0, 0, 0), False),
-    }
+def test_one_frame_or_one_a_network_is_the_same():
+    parts = [part for _, part in FRAME.groupby("network", sort=False)]
+    one, many = draw_fig7(FRAME).axes[1], draw_fig7(parts).axes[1]
+    for line, other in zip(one.lines, many.lines, strict=True):
+        assert line.get_xydata().tolist() == other.get_xydata().tolist()
 
 
-def test_the_papers_curves_lie_behind_thin_and_pale_for_the_networks_shown():
-    two = FRAME[FRAME["depth"] == 56]
-    for axes in draw_fig7(two, paper=curves()).axes:
-        paper, ours = axes.lines[:2], axes.lines[2:]
-        assert len(ours) == 2
-        for pale, line in zip(paper, ours, strict=True):
-            assert pale.get_zorder() == line.get_zorder()  # drawn in this order
-            assert pale.get_linewidth() < line.get_linewidth()
-            assert pale.get_alpha() < 0.5
-            assert pale.get_color() == line.get_color()
-            assert pale.is_dashed() == line.is_dashed()
-            np.testing.assert_allclose(line.get_ydata(), 1.1 * np.asarray(pale.get_ydata()))
-        assert [text.get_text() for text in axes.get_legend().get_texts()][-1] == "paper (pale)"
+def test_the_papers_curves_are_fine_and_lie_behind_those_of_the_same_networks():
+    for panel in draw_fig7(FRAME[FRAME["depth"] == 56], PAPER).axes:
+        lines = [line for line in panel.lines if len(line.get_xdata())]
+        for theirs, ours in zip(lines[:2], lines[2:], strict=True):
+            assert theirs.get_linewidth() < 0.5 * ours.get_linewidth()
+            assert theirs.get_color() == ours.get_color()
+            np.testing.assert_allclose(ours.get_ydata(), 1.1 * theirs.get_ydata())
+    assert legend(draw_fig7(FRAME, PAPER)) == [*LABELS, "the paper's curve"]
+    other = FRAME[FRAME["network"] == "plain-20"].assign(depth=26)
+    assert legend(draw_fig7(other, PAPER)) == ["plain-20"]  # the paper has no such network
 
 
-def test_networks_that_the_paper_does_not_show_have_no_pale_curve():
-    axes = draw_fig7(FRAME[FRAME["network"] == "plain-20"].assign(depth=26), paper=curves()).axes[0]
-    assert len(axes.lines) == 1
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["plain-20"]
+def test_a_wide_figure_has_the_paper_on_the_left_with_the_same_axis():
+    figure = draw_fig7(FRAME, PAPER, size="wide")
+    assert [panel.get_title() for panel in figure.axes[:2]] == [
+        *("He et al. (2016), Fig. 7", "these networks")
+    ]
+    theirs, ours = (curves_of(panel, "ResNet-110")[0].get_ydata() for panel in figure.axes[:2])
+    np.testing.assert_allclose(ours, 1.1 * theirs)
+    assert len({panel.get_ylim() for panel in figure.axes}) == 1
+    assert legend(figure) == LABELS
+    assert len(draw_fig7(FRAME, size="wide").axes) == 2
 
 
-def overlapping(figure):
-    """The labels of the curves that run under a legend."""
-    figure.draw_without_rendering()
-    found = []
-    for axes in figure.axes:
-        box = axes.get_legend().get_window_extent()
-        for line in axes.lines:
-            points = axes.transData.transform(line.get_xydata())
-            if any(
-                box.contains(x, y)
-                for x, y in np.linspace(points[:-1], points[1:], 20).reshape(-1, 2)
-            ):
-                found.append(line.get_label())
-    return found
+def test_sizes():
+    widths = [draw_fig7(FRAME, size=size).get_figwidth() for size in ("column", "wide", "slide")]
+    assert widths == [3.3, 6.9, 16 / 3]
+    with pytest.raises(ValueError, match="size='poster': choose one of column, wide, slide"):
+        draw_fig7(FRAME, size="poster")
 
 
-@pytest.mark.parametrize(
-    "networks",
-    [
-        ["resnet-20"],
-        ["plain-20", "resnet-20"],
-        ["resnet-20", "resnet-56"],
-        ["resnet-110"],
-        list(FRAME["network"]),
-    ],
-    ids=lambda names: f"{len(set(names))} {names[0]}",
-)
-@pytest.mark.parametrize("paper", [None, curves()], ids=["alone", "with the paper"])
-def test_no_curve_runs_under_the_legend(networks, paper):
-    with mpl.rc_context(RC):
-        assert overlapping(draw_fig7(FRAME[FRAME["network"].isin(networks)], paper)) == []
+def test_a_steep_curve_is_clipped_unless_the_axis_is_logarithmic_or_given():
+    steep = FRAME["std"].where((FRAME["network"] != "plain-56") | (FRAME["layer"] > 3), 30.0)
+    frame = FRAME.assign(std=steep)
+    for panel in draw_fig7(frame).axes:
+        assert (panel.get_yscale(), panel.get_ylabel()) == ("linear", "std")
+        assert panel.get_ylim()[1] < 5
+        assert [text.get_text() for text in panel.texts] == ["↑ 30"]
+    for panel in draw_fig7(frame, scale="log").axes:
+        assert (panel.get_yscale(), panel.get_ylabel()) == ("log", "std (logarithmic)")
+        assert panel.get_ylim()[1] > 30
+    assert draw_fig7(frame, scale="linear").axes[0].get_ylim()[1] > 30
+    assert draw_fig7(frame, ylim=(0, 2)).axes[0].get_ylim() == (0, 2)
 
 
-def test_long_labels_leave_the_curves_free():
-    frame = FRAME.assign(
-        network=[f"{name}, {'a label of many words ' * 3}{name}" for name in FRAME["network"]]
-    )
-    with mpl.rc_context(RC):
-        figure = draw_fig7(frame)
-        assert overlapping(figure) == []
-        for axes in figure.axes:
-            box = axes.get_legend().get_window_extent()
-            assert axes.bbox.x0 <= box.x0
-            assert box.x1 <= axes.bbox.x1 + 1
+def test_a_band_reaches_from_the_lowest_to_the_highest_seed_in_each_order():
+    seeds = [[1.0, 4.0, 2.0], [3.0, 2.0, 2.5]]
+    rows = [
+        {"network": "a", "seed": seed, "layer": i + 1, "std": std}
+        for seed, stds in enumerate(seeds)
+        for i, std in enumerate(stds)
+    ]
+    frame = pd.DataFrame({"network": "a", "layer": [1, 2, 3], "std": [2.0, 3.0, 2.2]})
+    figure = draw_fig7(frame, seeds=pd.DataFrame([*rows, rows[0] | {"network": "other"}]))
+    expected = ({(1, 1), (1, 3), (2, 2), (2, 4), (3, 2), (3, 2.5)},)
+    expected += ({(1, 3), (1, 4), (2, 2), (2, 2.5), (3, 1), (3, 2)},)
+    for panel, corners in zip(figure.axes, expected, strict=True):
+        [band] = panel.collections
+        assert {tuple(point) for point in band.get_paths()[0].vertices.tolist()} == corners
+    assert legend(figure) == ["a", "lowest to highest seed"]
 
 
-def test_the_legend_of_many_networks_stands_above_the_panels():
-    frame = pd.concat([FRAME.assign(network=FRAME["network"] + f"-{i}") for i in range(3)])
-    with mpl.rc_context(RC):
-        figure = draw_fig7(frame)
-        figure.draw_without_rendering()
-        [legend] = figure.legends
-        assert len(legend.get_texts()) == 15
-        assert legend.get_window_extent().y0 >= figure.axes[0].bbox.y1
-        assert legend.get_window_extent().y1 <= figure.bbox.y1
-    assert all(axes.get_legend() is None for axes in figure.axes)
-
-
-def test_a_legend_of_many_rows_stands_above_the_panels():
-    """Seven labels that are too long for two columns would leave the curves a fifth of the panel."""
-    frame = pd.concat(
-        [FRAME.assign(network=FRAME["network"] + f", decay of all, seed {i}") for i in range(2)]
-    )
-    some = frame[frame["network"].isin(frame["network"].unique()[:7])]
-    assert all(axes.get_legend() is None for axes in draw_fig7(some).axes)
-
-
-def test_networks_of_one_layer_are_points_beside_the_legend():
-    frame = FRAME[FRAME["layer"] == 1]
-    with mpl.rc_context(RC):
-        figure = draw_fig7(frame)
-        figure.draw_without_rendering()
-    for axes in figure.axes:
-        assert {line.get_marker() for line in axes.lines} == {"o"}
-        points = axes.transData.transform(
-            np.concatenate([line.get_xydata() for line in axes.lines])
-        )
-        assert not any(axes.get_legend().get_window_extent().contains(*point) for point in points)
-        assert 1 in axes.get_xticks()
-    assert {line.get_marker() for line in draw_fig7(FRAME).axes[0].lines} == {""}
-
-
-def test_the_closed_form_is_named_in_the_figure():
-    def texts(figure):
-        return [text.get_text() for text in figure.texts if text.get_text()]
-
-    assert texts(draw_fig7(FRAME)) == []
-    figure = draw_fig7(FRAME.assign(source="batchnorm"))
-    assert [figure.get_supxlabel()] == ["closed form from BN's tensors, not measured on images"]
-    assert draw_fig7(FRAME).get_supxlabel() == ""
-
-
-def test_a_note_stands_below_the_figure():
-    assert draw_fig7(FRAME, note="short runs").get_supxlabel() == "short runs"
-    both = draw_fig7(FRAME.assign(source="batchnorm"), note="short runs").get_supxlabel()
-    assert both == "closed form from BN's tensors, not measured on images\nshort runs"
-
-
-def test_text_is_text_and_the_same_figure_gives_the_same_bytes():
-    svg = save(draw_fig7(FRAME, curves()), "svg")
-    assert b">layer index (original)</text>" in svg
-    assert b">ResNet-110</text>" in svg
-    assert save(draw_fig7(FRAME, curves()), "svg") == svg
-    pdf = save(draw_fig7(FRAME), "pdf")
-    assert b"/Type3" not in pdf  # TrueType: searchable, and accepted by journals
-    assert b"/FontFile2" in pdf
-
-
-def test_the_width_is_a_column():
-    assert draw_fig7(FRAME).get_size_inches()[0] == 3.3
-
-
-def test_the_callers_style_is_left_alone():
-    with mpl.rc_context({"font.size": 13}):
-        before = dict(mpl.rcParams)
-        draw_fig7(FRAME)
-        assert dict(mpl.rcParams) == before
-
-
-def test_one_layer_and_an_empty_frame():
-    one = pd.DataFrame(
-        [
-            {
-                "network": "a",
-                "kind": "other",
-                "depth": pd.NA,
-                "layer": 1,
-                "std": 0.5,
-                "source": "hooks",
-            }
-        ]
-    )
-    assert draw_fig7(one, curves()).axes[0].lines[0].get_ydata().tolist() == [0.5]
-    with pytest.raises(ValueError, match="an empty frame: there is nothing to draw"):
-        draw_fig7(FRAME.iloc[:0])
+def test_layers_that_rest_on_few_images_are_ringed():
+    frame = pd.DataFrame({"layer": [1, 2, 3], "std": [2.0, 3.0, 2.2]})
+    figure = draw_fig7(frame.assign(dominated=[False, True, False]))
+    assert [panel.lines[-1].get_xydata().tolist() for panel in figure.axes] == [[[2, 3]], [[1, 3]]]
+    assert legend(figure) == ["network", "rests on few images"]
+    assert legend(draw_fig7(frame.assign(dominated=False))) == ["network"]
 
 
 def test_both_sources_of_a_network_share_its_colour():
     formula = FRAME.assign(source="batchnorm", std=FRAME["std"] * 0.9)
     figure = draw_fig7(pd.concat([FRAME, formula]))
-    kinds = FRAME.groupby("network", sort=False)["kind"].first()
-    for axes in figure.axes:
-        measured, computed = axes.lines[:5], axes.lines[5:]
-        assert [line.get_color() for line in measured] == [line.get_color() for line in computed]
-        dashes = {
-            (kind, line._unscaled_dash_pattern[1])
-            for kind, line in zip(kinds, computed, strict=True)
-        }
-        assert dashes == {
-            ("residual", (1.0, 1.0)),
-            ("plain", (1.0, 3.0)),
-        }  # which may share a colour
-        assert [text.get_text() for text in axes.get_legend().get_texts()][5:] == ["closed form"]
-        for ours, formulas in zip(measured, computed, strict=True):
-            assert formulas.get_ydata().tolist() == pytest.approx((ours.get_ydata() * 0.9).tolist())
-    assert figure._supxlabel is None
+    for panel in figure.axes:
+        lines = [line for line in panel.lines if len(line.get_xdata())]
+        for measured, computed in zip(lines[:5], lines[5:], strict=True):
+            assert measured.get_color() == computed.get_color()
+            assert measured._unscaled_dash_pattern != computed._unscaled_dash_pattern
+            np.testing.assert_allclose(computed.get_ydata(), 0.9 * measured.get_ydata())
+    assert legend(figure) == [*LABELS, "closed form"]
+    assert figure.get_supxlabel() == ""
 
 
-def test_one_steep_curve_makes_the_axis_logarithmic():
-    steep = FRAME.assign(
-        std=FRAME["std"].where((FRAME["network"] != "plain-56") | (FRAME["layer"] > 3), 30.0)
-    )
-    for frame, scale, label in ((FRAME, "linear", "std"), (steep, "log", "std (logarithmic)")):
-        for axes in draw_fig7(frame).axes:
-            assert (axes.get_yscale(), axes.get_ylabel()) == (scale, label)
-            bottom, top = axes.get_ylim()
-            assert bottom < frame["std"].min() < frame["std"].max() < top
+@pytest.mark.parametrize("words", [0, 3])
+def test_a_long_legend_stands_above_the_panels_and_is_not_cut(words):
+    names = [FRAME["network"] + f"-{i}" + ", a label of words" * words for i in range(3)]
+    figure = draw_fig7(pd.concat([FRAME.assign(network=name) for name in names]))
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert len(legend(figure)) == 15
+    assert figure.axes[0].bbox.y1 <= box.y0 < box.y1 <= figure.bbox.y1
+    assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+
+
+def test_a_network_of_one_layer_is_a_point():
+    [line, *_] = draw_fig7(FRAME[FRAME["layer"] == 1]).axes[0].lines
+    assert (line.get_marker(), line.get_markevery()) == ("o", (0, 1))

@@ -1,7 +1,7 @@
 import pandas as pd
 import pytest
 
-from analysis.measuring.frame import COLUMNS, make_frame
+from analysis.measuring.frame import COLUMNS, COLUMNS_0_1, complete, make_frame
 
 
 def test_columns_order_types_and_values():
@@ -28,9 +28,11 @@ def test_columns_order_types_and_values():
             "count": [None],
             "mean": [None],
             "std": [0.5],
+            "std_error": [None],
             "within": [None],
             "between": [None],
             "source": ["batchnorm"],
+            "dominated": [None],
         }
     ).astype(frame.dtypes)
     pd.testing.assert_frame_equal(frame, expected)
@@ -40,7 +42,7 @@ def test_columns_order_types_and_values():
 
 def test_empty_numbers_are_empty_in_a_csv():
     line = make_frame([{"std": 0.5, "layer": 2}], network="a").to_csv(index=False).splitlines()[1]
-    assert line == "a,other,,2,,,,,,,,,,0.5,,,"
+    assert line == "a,other,,2,,,,,,,,,,0.5,,,,,"
 
 
 @pytest.mark.parametrize(
@@ -63,3 +65,14 @@ def test_a_network_of_other_code_may_be_called_as_one_of_the_papers(network, lay
     known = make_frame(rows, network=network, kind="plain", depth=20)
     assert (known["kind"] == "plain").all()
     assert (known["depth"] == 20).all()
+
+
+def test_files_of_version_0_1_are_completed():
+    frame = make_frame([{"std": 0.5, "layer": 2, "std_error": 0.1, "dominated": True}], network="a")
+    old = frame[list(COLUMNS_0_1)]
+    completed = complete(old)
+    assert completed.columns.tolist() == list(COLUMNS)
+    assert completed["std_error"].isna().all()
+    assert completed["dominated"].dtype == "boolean"
+    pd.testing.assert_frame_equal(completed[old.columns], old)
+    assert complete(frame)["dominated"].tolist() == [True]

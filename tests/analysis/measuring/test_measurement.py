@@ -12,7 +12,7 @@ from torch import nn
 import analysis
 from analysis.measuring import measurement as hooks
 from analysis.measuring.batches import compare_labels
-from analysis.measuring.measurement import tf32_settings
+from analysis.measuring.evaluation import tf32_settings
 from models import build, load
 from tests.conftest import ROOT
 
@@ -128,7 +128,7 @@ def test_accuracy_comes_from_the_same_passes():
 def test_a_device_without_float64_is_refused(monkeypatch):
     monkeypatch.setattr(hooks, "device_of", lambda model: torch.device("mps"))
     with pytest.raises(
-        ValueError, match=r"the network is on mps, which has no float64 .* move it to the CPU"
+        ValueError, match=r"the network is on mps, which has no float64: move it to the CPU"
     ):
         analysis.measure(nn.Sequential(conv(), nn.BatchNorm2d(4)), [torch.randn(2, 4, 8, 8)])
 
@@ -242,11 +242,8 @@ def test_several_inputs_and_outputs_in_tuples_and_dicts(kind):
     assert [frame.attrs["accuracy"] for frame in frames] == [0.75, 0.75, None]
     assert [frame["std"].tolist() for frame in frames] == [frames[0]["std"].tolist()] * 3
     frame = analysis.measure(network, [{"image": x, "shift": shift}])
-    assert (frame["images"].tolist(), frame.attrs["accuracy"], frame.attrs["unpaired"]) == (
-        [4],
-        None,
-        [],
-    )
+    assert frame["images"].tolist() == [4]
+    assert (frame.attrs["accuracy"], frame.attrs["unpaired"]) == (None, {})
 
 
 def test_progress_counts_images():
@@ -382,7 +379,7 @@ def test_also_when_there_are_no_pairs():
     before = state_of(network)
     with pytest.raises(
         ValueError,
-        match=r"^no 5x5 convolution whose output goes unchanged into a BN; the network ran ",
+        match=r"^no 5x5 convolution whose output goes unchanged into a BN and nowhere else: the netw",
     ):
         analysis.measure(network, [torch.randn(2, 3, 32, 32)], kernel_size=5)
     assert_unchanged(network, before)
@@ -483,7 +480,8 @@ def test_no_images():
 
 def test_a_network_without_convolutions():
     with pytest.raises(
-        ValueError, match="the network ran no convolution and no BN that hooks could see"
+        ValueError,
+        match="the network has no BN: analysis.measure_branches measures its residual additions",
     ):
         analysis.measure(nn.Linear(3, 3), [torch.zeros(1, 3)])
 
@@ -506,15 +504,15 @@ def short_of_memory(network, most, error, monkeypatch, fails_in="layer3.0.conv2"
     measured.
     """
     name = dict(network.named_modules())[fails_in].weight.shape
-    forward, raised = nn.Conv2d.forward, []
+    forward, raised = nn.Conv2d._conv_forward, []
 
-    def limited(self, x):
+    def limited(self, x, *weights):
         if self.weight.shape == name and len(x) > most:
             raised.append(len(x))
             raise error
-        return forward(self, x)
+        return forward(self, x, *weights)
 
-    monkeypatch.setattr(nn.Conv2d, "forward", limited)
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", limited)
     return raised
 
 
@@ -561,55 +559,17 @@ def test_a_batch_that_fails_leaves_no_trace(batch, monkeypatch):
     network = with_statistics(build("resnet-8")).double()
     batches = list(torch.randn(3, 4, 3, 32, 32).double())
     expected = analysis.measure(network, batches)
-    with monkeypatch.context() as patch, hooks.measuring(network) as measurement:
+    with monkeypatch.context() as patch, hooks.measuring(network) as meter:
         for number, x in enumerate(batches):
             if number == batch:
                 short_of_memory(network, 0, ZeroDivisionError("any"), patch)
                 with pytest.raises(ZeroDivisionError):
-                    measurement.add(x)
+                    meter.add(x)
                 patch.undo()
-            measurement.add(x)
-    assert measurement.result().to_frame("network")["std"].tolist() == pytest.approx(
+            meter.add(x)
+    assert meter.result().to_frame("network")["std"].tolist() == pytest.approx(
         expected["std"].tolist(), rel=1e-12
     )
-
-
-def test_an_output_that_does_not_fit_is_not_measured_twice(monkeypatch, capsys):
-    network = with_statistics(build("resnet-8")).double()
-    batches = [(x, torch.zeros(6, dtype=torch.long)) for x in torch.randn(3, 6, 3, 32, 32).double()]
-    compare = hooks.compare_labels
-
-    def limited(output, batch, classes):
-        if len(output) > 3:
-            raise MemoryError
-        return compare(output, batch, classes)
-
-    monkeypatch.setattr(hooks, "compare_labels", limited)
-    frame = analysis.measure(network, batches)
-    assert set(frame["count"] / frame["channels"] / frame["height"] / frame["width"]) == {18}
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_one_image_that_does_not_fit(monkeypatch):
-    network = with_statistics(build("resnet-8")).double()
-    short_of_memory(network, 0, MemoryError(), monkeypatch)
-    said = "resnet-8: out of memory at one image: take another device, fewer images at a time, a smaller network, or "
-    with pytest.raises(ValueError, match=said):
-        analysis.measure(network, [torch.randn(2, 3, 32, 32).double()])
-
-
-def test_a_dictionary_is_split_and_what_forward_runs_is_not(monkeypatch, capsys):
-    network = with_statistics(build("resnet-8")).double()
-    x = torch.randn(6, 3, 32, 32).double()
-    expected = analysis.measure(network, [x])
-    short_of_memory(network, 3, MemoryError(), monkeypatch)
-    frame = analysis.measure(network, [{"x": x}])
-    assert frame["std"].tolist() == pytest.approx(expected["std"].tolist(), rel=1e-12)
-    with pytest.raises(
-        ValueError,
-        match="at a batch of 6 images, which forward= runs, so it is not split: make small",
-    ):
-        analysis.measure(network, [x], forward=lambda model, batch: model(batch))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -625,16 +585,6 @@ def test_torch_jit_is_an_error():
             analysis.measure(network, [torch.randn(2, 3, 8, 8)])
 
 
-def test_a_batch_whose_own_statistics_are_taken_is_not_split(monkeypatch):
-    network = nn.Sequential(conv(), nn.BatchNorm2d(4, track_running_stats=False))
-    short_of_memory(network, 3, MemoryError(), monkeypatch, fails_in="0")
-    with pytest.raises(
-        ValueError,
-        match="of 6 images, whose own statistics its norms take, so it is not split: make",
-    ):
-        analysis.measure(network, [torch.randn(6, 4, 8, 8)])
-
-
 def test_another_error_is_not_taken_for_want_of_memory(monkeypatch, capsys):
     network = with_statistics(build("resnet-8")).double()
     raised = short_of_memory(
@@ -644,3 +594,143 @@ def test_another_error_is_not_taken_for_want_of_memory(monkeypatch, capsys):
         analysis.measure(network, [torch.randn(6, 3, 32, 32).double()])
     assert raised == [6]
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("splits", ["one image", "statistics of the batch", "forward"])
+def test_a_batch_that_cannot_be_split_is_an_error(splits, monkeypatch):
+    network = nn.Sequential(conv(), nn.BatchNorm2d(4, track_running_stats=splits[0] != "s"))
+    options = {"forward": lambda model, x: model(x)} if splits == "forward" else {}
+    short_of_memory(network, 0 if splits == "one image" else 3, MemoryError(), monkeypatch, "0")
+    with pytest.raises(MemoryError):
+        analysis.measure(network, [torch.randn(6, 4, 8, 8)], **options)
+
+
+# What a batch is
+
+
+def simple():
+    return nn.Sequential(conv(), nn.BatchNorm2d(4), nn.Flatten())
+
+
+X = torch.randn(4, 4, 8, 8)
+BAD = {
+    "two views": ([[X, X]], r"a batch is .*, not list of 2 \(torch.float32, torch.float32\): pass"),
+    "labels of floats": ([(X, torch.rand(4))], r"not tuple of 2 \(torch.float32, torch.float32\)"),
+    "labels of bools": ([(X, torch.ones(4) > 0)], r"not tuple of 2 \(torch.float32, torch.bool\)"),
+    "labels in a list": ([(X, [1, 2, 3, 4])], r"not tuple of 2 \(torch.float32, list\)"),
+    "three of them": (
+        [(X, torch.arange(4), X)],
+        r"not tuple of 3 \(torch.float32, torch.int64, tor",
+    ),
+    "a string": ("images", r"no images in a batch of type str: a batch is a tensor of norm"),
+    "an array": (
+        [np.zeros((4, 4, 8, 8))],
+        "no images in a batch of type ndarray: a batch is a tensor of",
+    ),
+    "a bare tensor": (
+        X,
+        r"0 took in one image without a batch dimension: a batch of images is \(N",
+    ),
+    "one image": ([X[0]], "0 took in one image without a batch dimension"),
+    "uint8": ([X.byte()], "the images are torch.uint8 and the network does not take them: normal"),
+}
+
+
+@pytest.mark.parametrize(("batches", "message"), BAD.values(), ids=BAD)
+def test_what_is_no_batch_is_an_error_that_says_what_one_is(batches, message):
+    with pytest.raises(ValueError, match=message):
+        analysis.measure(simple(), batches)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+def test_integers_of_any_size_are_labels(dtype):
+    network = simple().eval()
+    labels = network(X).argmax(1)
+    labels[0] += 1
+    if dtype == torch.uint8:
+        labels = labels.clamp(max=254)
+    frame = analysis.measure(network, [(X, labels.to(dtype))])
+    assert frame.attrs["accuracy"] in (0.75, None if dtype == torch.uint8 else 0.75)
+
+
+def test_views_run_with_forward_and_count_once():
+    views = [X, X.flip(3)]
+    frame = analysis.measure(simple(), [views], forward=lambda model, batch: model(batch[0]))
+    assert (frame["images"].tolist(), frame.attrs["accuracy"]) == ([4], None)
+
+
+def test_a_network_that_takes_bytes_is_measured():
+    class Scaling(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.float() / 255)
+
+    frame = analysis.measure(Scaling(*simple()), [X.byte()])
+    assert len(frame) == 1
+
+
+# Sampling errors
+
+
+def test_sampling_errors_do_not_depend_on_the_batches_or_on_folding():
+    torch.manual_seed(0)
+    network, x = with_statistics(build("resnet-8")), torch.randn(700, 3, 16, 16)
+    frames = [
+        analysis.measure(network, [x]),
+        analysis.measure(network, x.split(90)),
+        analysis.measure(network, x.split([16, *[128] * 5, 44]), fold=False),
+    ]
+    for frame in frames:
+        assert (frame["std_error"] > 0).all()
+        assert frame["std_error"].tolist() == pytest.approx(
+            frames[0]["std_error"].tolist(), rel=1e-4
+        )
+        assert frame["dominated"].tolist() == [False] * 7
+    few = analysis.measure(network, [x[:600]])
+    assert few["std_error"].isna().all()
+    assert few["dominated"].isna().all()
+
+
+def test_processes_that_share_the_images_give_what_one_gives():
+    network, x = with_statistics(build("resnet-8")), torch.randn(700, 3, 8, 8)
+    results = []
+    for first, end in ((0, 700), (0, 350), (350, 700)):
+        with hooks.measuring(network, first_image=first) as meter:
+            for batch in x[first:end].split(100):
+                meter.add(batch)
+        results.append(meter.result())
+    whole, first, second = results
+    merged = second.merge(first)
+    assert merged.images == 700
+    assert merged.std_error.tolist() == pytest.approx(whole.std_error.tolist(), rel=1e-4)
+    assert merged.std_without_groups().shape == (20, 7)
+    np.testing.assert_allclose(merged.std_without_groups(), whole.std_without_groups(), rtol=1e-6)
+    assert merged.dominated == [False] * 7
+    assert np.isnan(first.std_error).all()
+    assert np.isnan(first.std_without_groups()).all()
+
+
+def test_one_image_that_dominates_a_layer_is_flagged():
+    network, x = with_statistics(build("resnet-8")), torch.randn(700, 3, 8, 8)
+    x[333] *= 100
+    assert analysis.measure(network, x.split(100))["dominated"].tolist() == [True] * 7
+
+
+def test_rows_that_are_not_the_images_have_no_sampling_error():
+    network, x = with_statistics(build("resnet-8")), torch.randn(700, 3, 8, 8)
+    both = lambda model, x: model(torch.cat([x, x.flip(3)]))  # noqa: E731
+    frame = analysis.measure(network, x.split(350), forward=both)
+    assert frame["std_error"].isna().all()
+    assert frame["images"].unique().tolist() == [700]
+
+
+def test_labels_of_another_number_of_classes_give_no_accuracy():
+    network, batches = build("resnet-8"), [(torch.randn(4, 3, 32, 32), torch.arange(4))] * 2
+    found = []
+    for classes in (None, 10, 100):
+        with hooks.measuring(network, classes=classes) as meter:
+            for batch in batches:
+                meter.add(batch)
+        found.append(meter.result().accuracy)
+    assert found[2] is None
+    assert found[0] == found[1]
+    assert found[0] is not None

@@ -1,3 +1,5 @@
+import math
+from functools import reduce
 from random import Random
 
 import pytest
@@ -5,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from analysis.measuring.moments import Moments
+from analysis.measuring.moments import BLOCK, GROUPS, Moments, blocks, jackknife
 
 
 def two_pass(x):
@@ -90,12 +92,11 @@ def test_other_defaults_of_torch_change_nothing():
 
 
 def test_nothing_merges_with_anything():
-    some, none = (
-        Moments.of(responses()),
-        Moments(0, *torch.zeros(2, responses().shape[1], dtype=torch.float64)),
-    )
-    assert some.merge(none) is some
-    assert none.merge(some) is some
+    some, none = Moments.of(responses()), Moments.empty(5)
+    for merged in (some.merge(none), none.merge(some)):
+        assert torch.equal(merged.means, some.means)
+        assert torch.equal(merged.m2s, some.m2s)
+        assert merged.count == some.count
     assert none.merge(none).count == 0
 
 
@@ -224,15 +225,15 @@ def test_std_splits_into_within_and_between():
 
 def test_merging_leaves_both_as_they_were():
     a, b = Moments.of(responses()), Moments.of(responses())
-    before = a.mean.clone(), a.m2.clone(), b.mean.clone(), b.m2.clone()
+    before = [part.clone() for part in (a.means, a.m2s, b.means, b.m2s)]
     a.merge(b)
-    assert all(map(torch.equal, before, (a.mean, a.m2, b.mean, b.m2)))
+    assert all(map(torch.equal, before, (a.means, a.m2s, b.means, b.m2s)))
 
 
 def test_a_large_count_and_a_small_one():
-    many = Moments(
-        10**12, torch.zeros(1, dtype=torch.float64), torch.full((1,), 1e12, dtype=torch.float64)
-    )
+    first = torch.zeros(GROUPS, 1, dtype=torch.float64)
+    first[0] = 1e12
+    many = Moments(first, 0 * first, first)
     one = Moments.of(torch.full((1, 1, 1, 1), 5.0))
     merged = many.merge(one)
     assert merged.count == 10**12 + 1
@@ -245,3 +246,115 @@ def test_what_cannot_be_done():
         Moments.of(responses((0, 5, 9, 7)))
     with pytest.raises(ValueError, match="cannot merge moments of 5 and 4 channels"):
         Moments.of(responses()).merge(Moments.of(responses((2, 4, 3, 3))))
+
+
+# Groups of images, and the sampling error
+
+
+def group_of(position):
+    return position // BLOCK % GROUPS
+
+
+def in_batches(x, size, first=0, order=None):
+    """The moments of images, measured in batches of one size."""
+    starts = list(range(0, len(x), size))
+    parts = [Moments.of(x[i : i + size], first + i) for i in order or starts]
+    return reduce(Moments.merge, parts)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("size", [1, 7, 32, 100, 1500])
+@pytest.mark.parametrize("first", [0, 17, 640])
+def test_each_group_has_the_moments_of_its_images(size, first, layout):
+    x = responses((1500 if size > 1 else 50, 3, 4, 4)).contiguous(memory_format=layout)
+    moments = in_batches(x, size, first)
+    groups = group_of(torch.arange(first, first + len(x)))
+    for group in range(GROUPS):
+        values = x[groups == group].double().transpose(0, 1).flatten(1)
+        assert moments.counts[group].tolist() == [values.shape[1]] * 3
+        if values.numel():
+            mean, m2 = values.mean(1), values.var(1, correction=0) * values.shape[1]
+            torch.testing.assert_close(moments.means[group], mean, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(moments.m2s[group], m2, rtol=2e-6, atol=0)
+
+
+def test_blocks_begin_at_multiples_of_32():
+    assert blocks(30, 40) == [(0, 0, 2), (1, 2, 34), (2, 34, 40)]
+    assert blocks(0, 32) == [(0, 0, 32)]
+    assert blocks(32 * 19 + 31, 2) == [(19, 0, 1), (0, 1, 2)]
+    assert blocks(None, 70) == [(0, 0, 70)]
+
+
+@pytest.mark.parametrize("parts", [[800, 400], [399, 801], [1, 33, 1166]])
+def test_processes_that_share_the_images_change_nothing(parts):
+    x = responses((1200, 3, 2, 2))
+    starts = [sum(parts[:i]) for i in range(len(parts))]
+    shares = [
+        in_batches(part, 100, start) for start, part in zip(starts, x.split(parts), strict=True)
+    ]
+    merged, whole = reduce(Moments.merge, shares), Moments.of(x)
+    assert torch.equal(merged.counts, whole.counts)
+    assert merged.std_error == pytest.approx(whole.std_error, rel=1e-5)
+    assert merged.std_without_groups().tolist() == pytest.approx(
+        whole.std_without_groups().tolist(), rel=1e-6
+    )
+
+
+def test_std_without_groups_is_that_of_the_other_images():
+    x = responses((900, 3, 2, 2), dtype=torch.float64)
+    groups = group_of(torch.arange(900))
+    found = Moments.of(x).std_without_groups().tolist()
+    expected = [x[groups != group].std(correction=0).item() for group in range(GROUPS)]
+    assert found == pytest.approx(expected, rel=1e-12)
+    mean = sum(expected) / GROUPS
+    error = (sum((std - mean) ** 2 for std in expected) * (GROUPS - 1) / GROUPS) ** 0.5
+    assert Moments.of(x).std_error == pytest.approx(error, rel=1e-9)
+
+
+def test_the_jackknife_gives_the_error_of_normal_responses():
+    """The std of n normal values has an error of 1 / sqrt(2 n)."""
+    torch.manual_seed(0)
+    errors, stds = [], []
+    for _ in range(200):
+        moments = Moments.of(torch.randn(1280, 1, 1, 4, dtype=torch.float64))
+        errors.append(moments.std_error)
+        stds.append(moments.std)
+    expected = (2 * 1280 * 4) ** -0.5
+    assert sum(errors) / 200 == pytest.approx(expected, rel=0.05)
+    assert torch.tensor(stds).std().item() == pytest.approx(
+        expected, rel=0.15
+    )  # 1 / sqrt(400): 5 %
+
+
+def test_images_of_different_spread_have_a_larger_error():
+    torch.manual_seed(1)
+    spread = torch.rand(1280, 1, 1, 1).mul(2).exp()
+    x = torch.randn(1280, 2, 8, 8) * spread
+    naive = Moments.of(x).std * (2 * x.numel()) ** -0.5
+    assert Moments.of(x).std_error > 5 * naive
+
+
+def test_a_single_outlier_is_flagged():
+    x = torch.randn(1280, 2, 4, 4)
+    assert Moments.of(x).dominated is False
+    x[700] *= 100
+    assert Moments.of(x).dominated is True
+    x = torch.randn(1280, 2, 4, 4)
+    x[700] += 100  # a mean that is far from the others counts as well
+    assert Moments.of(x).dominated is True
+
+
+@pytest.mark.parametrize("images", [1, 32, 608, 639])
+def test_too_few_images_have_no_error(images):
+    moments = Moments.of(torch.randn(images, 2, 2, 2))
+    assert math.isnan(moments.std_error) or images == 639  # 31 images in the last group
+    assert (moments.dominated is None) == math.isnan(moments.std_error)
+    assert Moments.of(torch.randn(640, 2, 2, 2)).std_error > 0
+    assert math.isnan(Moments.of(torch.randn(640, 2, 2, 2), None).std_error)
+
+
+def test_the_jackknife_of_a_mean_is_the_textbook_error():
+    values = torch.randn(GROUPS, dtype=torch.float64)
+    without = (values.sum() - values) / (GROUPS - 1)
+    expected = values.std() / GROUPS**0.5
+    assert jackknife(without).item() == pytest.approx(expected.item(), rel=1e-12)

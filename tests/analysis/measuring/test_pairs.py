@@ -2,16 +2,21 @@
 that it takes.
 """
 
+import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import distributed, nn
+from torch.nn.modules import module as hooks_of_all
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import analysis
-from analysis.measuring.pairs import recording
+from analysis.measuring.pairs import UNKNOWN, Recording
 from models import build
 
 
@@ -47,17 +52,28 @@ def bn(**options):
     return nn.BatchNorm2d(4, **options)
 
 
-def record_of(network, *args, passes=1, forward=None, kernel_size=(3, 3), grouped=True):
-    """What is recorded of a network, and no hook is left."""
+def record_of(network, *args, batches=1, forward=None, kernel_size=(3, 3), grouped=True):
+    """What is recorded of a network in evaluation mode; its hooks are left alone."""
     args = args or (torch.randn(2, 4, 8, 8),)
     network.eval()
-    before = hooks_of(network)
-    with torch.no_grad(), recording(network, kernel_size, grouped=grouped) as record:
-        for _ in range(passes):
-            (forward or network)(*args)
+    before = hooks_of(network), dict(hooks_of_all._global_forward_hooks)
+    record = Recording(network, kernel_size, grouped=grouped)
+    with torch.no_grad():
+        for parts in zip(*(x.chunk(batches) for x in args), strict=True):
+            record.images = len(parts[0])
+            with record.watching():
+                (forward or network)(*parts)
             record.end_pass()
-    assert hooks_of(network) == before
+            record.position += record.images
+    assert (hooks_of(network), dict(hooks_of_all._global_forward_hooks)) == before
     return record
+
+
+def measured(network, batches, **options):
+    """The frame of a network, of which some layers may be missing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* not in the frame: ")
+        return analysis.measure(network, batches, **options)
 
 
 def hooks_of(network):
@@ -90,7 +106,7 @@ def in_place_on_the_output(m, x):
 
 def elsewhere(m, x):
     y = m.conv1(x)
-    return m.bn1(y) + F.relu(y)
+    return m.bn2(m.conv2(m.bn1(y) + F.relu(y)))
 
 
 def both_before(m, x):
@@ -100,7 +116,17 @@ def both_before(m, x):
 
 def two_norms(m, x):
     y = m.conv1(x)
-    return m.bn1(y) + m.bn2(y)
+    return m.bn1(y) + m.bn2(y) + m.bn3(m.conv3(x))
+
+
+def one_norm_twice(m, x):
+    y = m.conv1(x)
+    return m.bn1(y) + m.bn1(y) + m.bn3(m.conv3(x))
+
+
+def in_a_view(m, x):
+    y = m.conv1(x)
+    return m.bn2(m.conv2(m.bn1(y) + y.flatten(1).sum(1).view(-1, 1, 1, 1)))
 
 
 def shortcut(m, x):
@@ -163,7 +189,7 @@ class Subclass(nn.Conv2d):
         return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
 
 
-ONE, TWO = [("conv1", "bn1")], [("conv1", "bn1"), ("conv2", "bn2")]
+ONE, TWO, THREE = [("conv1", "bn1")], [("conv1", "bn1"), ("conv2", "bn2")], [("conv3", "bn3")]
 STEM = nn.Sequential(conv(), bn(), nn.ReLU(inplace=True))
 CASES = {
     "a sequence": Case(nn.Sequential(*STEM, conv(), bn()), [("0", "1"), ("3", "4")]),
@@ -192,9 +218,11 @@ CASES = {
     "a module under two names": Case(
         nn.Sequential(STEM[0], STEM[1], STEM[0], STEM[1]), [("0", "1")] * 2
     ),
-    "two BNs on one output": Case(Net(two_norms), [("conv1", "bn1"), ("conv1", "bn2")]),
-    "an output that also goes elsewhere": Case(Net(elsewhere), ONE),
-    "in place after BN": Case(Net(in_place_on_the_output), [("conv1", "bn1"), ("conv3", "bn3")]),
+    "two BNs on one output": Case(Net(two_norms), THREE, ["conv1"]),
+    "one BN twice on one output": Case(Net(one_norm_twice), THREE, ["conv1"]),
+    "an output that also goes elsewhere": Case(Net(elsewhere), TWO[1:], ["conv1"]),
+    "an output that goes elsewhere in a view": Case(Net(in_a_view), TWO[1:], ["conv1"]),
+    "in place after BN": Case(Net(in_place_on_the_output), THREE, ["conv1"]),
     "in place between": Case(
         Net(lambda m, x: m.bn2(m.conv2(m.bn1(m.conv1(x).relu_())))), TWO[1:], ["conv1"]
     ),
@@ -265,22 +293,21 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_pairs(case):
-    record = record_of(case.network, passes=2, **case.options)
+    record = record_of(case.network, batches=2, **case.options)
     assert pairs_of(record) == case.pairs
-    assert record.unpaired == case.unpaired
+    assert list(record.unpaired) == case.unpaired
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_measuring_gives_the_same_layers_and_numbers(case):
     batches = torch.randn(3, 2, 4, 8, 8).unbind()
     case.network.eval()
-    with torch.no_grad(), recording(case.network, **case.options) as record:
-        for x in batches:
-            case.network(x)
-            record.end_pass()
-    frame = analysis.measure(case.network, batches, **case.options)
+    record = record_of(case.network, torch.cat(batches), **case.options)
+    warning = pytest.warns(UserWarning, match="not in the frame: ")
+    with warning if case.unpaired or record.unseen else nullcontext():
+        frame = analysis.measure(case.network, batches, **case.options)
     assert list(zip(frame["name"], frame["norm"], strict=True)) == case.pairs
-    assert frame.attrs["unpaired"] == case.unpaired
+    assert list(frame.attrs["unpaired"]) == case.unpaired
     assert frame["std"].tolist() == pytest.approx(
         [layer.moments.std for layer in record.layers], rel=1e-5
     )
@@ -295,13 +322,11 @@ class Twice(Net):
 
 
 def test_a_network_that_calls_itself_or_is_called_twice_for_a_batch():
-    assert pairs_of(record_of(Twice(None), passes=2)) == ONE * 2
+    assert pairs_of(record_of(Twice(None), batches=2)) == ONE * 2
     network = Net(chain("conv1", "bn1"))
-    record = record_of(network, passes=2, forward=lambda x: network(x) + network(x.flip(3)))
+    record = record_of(network, batches=2, forward=lambda x: network(x) + network(x.flip(3)))
     assert pairs_of(record) == ONE * 2
-    assert [layer.moments.count for layer in record.layers] == [
-        2 * 2 * 8 * 8
-    ] * 2  # passes, images, pixels
+    assert [layer.moments.count for layer in record.layers] == [2 * 8 * 8] * 2  # images, pixels
 
 
 def test_several_inputs_and_a_part_of_the_network():
@@ -320,10 +345,10 @@ def test_lazy_modules_before_their_first_pass():
     make = lambda: nn.Sequential(  # noqa: E731
         nn.LazyConv2d(5, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.LazyConv2d(4, 3)
     )
-    record = record_of(make(), passes=2)
-    assert (pairs_of(record), record.unpaired) == ([("0", "1")], ["3"])
+    record = record_of(make(), batches=2)
+    assert (pairs_of(record), list(record.unpaired)) == ([("0", "1")], ["3"])
     network, batches = make(), torch.randn(3, 2, 4, 8, 8).unbind()
-    frame = analysis.measure(network, batches)
+    frame = measured(network, batches)
     assert list(zip(frame["name"], frame["norm"], frame["count"], strict=True)) == [
         ("0", "1", 6 * 5 * 6 * 6)
     ]
@@ -359,64 +384,127 @@ def test_table_1(name, layers):
     ]
     assert len(expected) == layers
     assert pairs_of(record) == expected  # our blocks are registered in the order in which they run
-    assert record.unpaired == []
+    assert record.unpaired == {}
 
 
 # No pair
 
 
 CHANGES = {
-    "relu": F.relu,
-    "relu in place": lambda y: y.relu_(),
-    "factor in place": lambda y: y.mul_(2),
-    "in place through a view": lambda y: (y.view(-1)[0].zero_(), y)[1],
-    "transposed in place": lambda y: y.transpose_(2, 3),
-    "sum": lambda y: y + 1,
-    "clone": torch.clone,
-    "view": lambda y: y.view(2, 4, 8, 8),
-    "reshape": lambda y: y.reshape(2, 4, 8, 8),
-    "detach": torch.detach,
-    "channels_last": lambda y: y.contiguous(memory_format=torch.channels_last),
-    "slice": lambda y: y[:],
+    "relu": (F.relu, "relu"),
+    "relu in place": (lambda y: y.relu_(), "relu_"),
+    "factor in place": (lambda y: y.mul_(2), "mul_"),
+    "in place through a view": (lambda y: (y.view(-1)[0].zero_(), y)[1], "zero_"),
+    "in place through .data": (lambda y: (y.data.mul_(2), y)[1], "mul_"),
+    "transposed in place": (lambda y: y.transpose_(2, 3), "transpose_"),
+    "sum": (lambda y: y + 1, "add"),
+    "a part": (lambda y: y[:, :, 1:].clone(), "clone"),
+    "turned": (lambda y: y.transpose(2, 3), "native_batch_norm"),
+    "rounded to integers": (lambda y: y.int().float(), "_to_copy"),
 }
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_no_pair_where_something_comes_between(change):
+@pytest.mark.parametrize(("change", "operation"), CHANGES.values(), ids=CHANGES)
+def test_no_pair_if_something_comes_between(change, operation):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         record_of(Net(lambda m, x: m.bn1(change(m.conv1(x)))))
-    assert str(error.value) == (
-        "no 3x3 convolution whose output goes unchanged into a BN; the network ran conv1 (Conv2d 3x3), "
-        "bn1 (BatchNorm2d): look at the kernels, and at what comes between the two"
-    )
+    start = "no 3x3 convolution whose output goes unchanged into a BN and nowhere else: conv1 (its "
+    assert str(error.value).startswith(f"{start}output goes into {operation}")
+
+
+SAME = {
+    "clone": torch.clone,
+    "view": lambda y: y.view(len(y), 4, 8, 8),
+    "reshape": lambda y: y.reshape(len(y), 4, 8, 8),
+    "another shape and back": lambda y: y.flatten(1).view(y.shape),
+    "detach": torch.detach,
+    "contiguous": lambda y: y.contiguous(),
+    "channels_last": lambda y: y.contiguous(memory_format=torch.channels_last),
+    "slice": lambda y: y[:],
+    "float": lambda y: y.float(),
+    "bfloat16 and back": lambda y: y.bfloat16().float(),
+    "double": lambda y: y.double().float(),
+    "several": lambda y: y.detach().clone().view(len(y), 4, 8, 8),
+}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("change", SAME.values(), ids=SAME)
+def test_views_copies_and_casts_leave_the_values_as_they_are(change, precision):
+    flow = lambda m, x: m.bn2(m.conv2(m.bn1(change(m.conv1(x)))))  # noqa: E731
+    network, x = with_statistics(Net(flow)), torch.randn(9, 4, 8, 8)
+    network.conv3 = network.bn3 = None
+    frame = analysis.measure(network, x.split(3), precision=precision)
+    assert list(zip(frame["name"], frame["norm"], strict=True)) == TWO
+    stored = []
+    network.bn1.register_forward_hook(lambda m, args, y: stored.append(y))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, precision == "bfloat16"):
+        network(x)
+    expected = stored[0].double().std(correction=0).item()
+    assert frame["std"][0] == pytest.approx(expected, rel=1e-6 if precision == "float32" else 5e-3)
+
+
+PREACTIVATION = """
+conv1: its output goes into blocks.0.bn1 and also into add
+blocks.0.conv2: its output goes into add, not unchanged into a BN
+blocks.1.conv2: its output goes into add, not unchanged into a BN
+"""
+
+
+class PreactivationBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn1, self.conv1, self.bn2, self.conv2 = bn(), conv(), bn(), conv()
+
+    def forward(self, x):
+        return x + self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
+
+
+def test_a_pre_activation_network_gives_the_first_convolution_of_each_block():
+    """Its stem feeds the first block's BN and its shortcut: no pair."""
+    network = nn.Sequential()
+    network.conv1 = conv()
+    network.blocks = nn.Sequential(PreactivationBlock(), PreactivationBlock())
+    network.bn = bn()
+    with pytest.warns(UserWarning, match=r"^3 layers are not in the frame: conv1 \(its output"):
+        frame = analysis.measure(network, torch.randn(3, 2, 4, 8, 8))
+    assert frame["name"].tolist() == ["blocks.0.conv1", "blocks.1.conv1"]
+    lines = [f"{name}: {reason}" for name, reason in frame.attrs["unpaired"].items()]
+    assert sorted(lines) == sorted(PREACTIVATION.split("\n")[1:-1])
+    assert frame.attrs["method"] == "folded"
 
 
 MESSAGES = {
     "grouped, left out": (
         Net(chain("conv1", "bn1", "conv2"), conv1=conv(groups=2), conv2=conv((1, 3))),
         {"grouped": False},
-        "no 3x3 ungrouped convolution whose output goes unchanged into a BN; the network ran conv1 (Conv2d 3x3, "
-        "2 groups), bn1 (BatchNorm2d), conv2 (Conv2d 1x3): look at",
+        "no 3x3 ungrouped convolution whose output goes unchanged into a BN and nowhere else: the "
+        "network ran conv1 (Conv2d 3x3, 2 groups), bn1 (BatchNorm2d), conv2 (Conv2d 1x3); look at",
     ),
     "another kernel": (
         Net(chain("conv1", "bn1")),
         {"kernel_size": (5, 1)},
-        "no 5x1 convolution whose output goes unchanged into a BN; the network ran conv1 (Conv2d 3x3), bn1 (",
+        "no 5x1 convolution whose output goes unchanged into a BN and nowhere else: the network ran "
+        "conv1 (Conv2d 3x3), bn1 (",
     ),
     "many": (
-        nn.Sequential(*[conv(1) for _ in range(14)]),
+        nn.Sequential(*[conv(1) for _ in range(14)], bn()),
         {},
-        "10 (Conv2d 1x1), 11 (Conv2d 1x1) and 2 more: look at",
+        "10 (Conv2d 1x1), 11 (Conv2d 1x1) and 3 more; look at",
     ),
-    "the network is a convolution": (conv(), {}, "the network ran (Conv2d 3x3): look at"),
-    "nothing": (
+    "a convolution without BN": (
+        nn.Sequential(conv(), nn.ReLU()),
+        {},
+        "the network has no BN: analysis.measure_branches measures its residual additions",
+    ),
+    "functions": (
         Net(
             lambda m, x: F.batch_norm(
                 F.conv2d(x, m.conv1.weight), m.bn1.running_mean, m.bn1.running_var
             )
         ),
         {},
-        "the network ran no convolution and no BN that hooks could see: they see modules that are called, not functions",
+        "hooks saw no convolution and no BN, since they see modules, no functions",
     ),
     "kernel_size": (
         Net(chain("conv1", "bn1")),
@@ -537,10 +625,7 @@ def test_the_response_is_what_the_four_tensors_make_of_it(norm, eps):
     network = with_statistics(nn.Sequential(conv(), norm))
     batches = torch.randn(3, 4, 4, 8, 8).unbind()
     outputs = [network(x) for x in batches]
-    with torch.no_grad(), recording(network) as record:
-        for x in batches:
-            network(x)
-            record.end_pass()
+    record = record_of(network, torch.cat(batches), batches=3)
     y = network[0](torch.cat(batches)).double()
     mean, var, weight, bias = (
         getattr(norm, name).double().reshape(1, 4, 1, 1)
@@ -579,7 +664,7 @@ def test_a_bn_in_a_bn_gives_one_layer_that_of_the_inner():
     network = with_statistics(Net(chain("conv1", "bn1", "conv2", "bn2"), bn1=Doubled()))
     record = record_of(network)
     assert pairs_of(record) == [("conv1", "bn1.inner"), ("conv2", "bn2")]
-    assert record.unpaired == []
+    assert record.unpaired == {}
 
 
 def test_in_bfloat16_rounding_is_no_activation():
@@ -596,8 +681,8 @@ def test_an_activation_that_nothing_names_is_an_error():
     with pytest.raises(ValueError) as error:  # noqa: PT011
         record_of(Net(chain("conv1", "bn1"), bn1=Activated(4)))
     assert str(error.value) == (
-        "bn1 (Activated) has the tensors of a BN, but its output is not what they make of its input, nor that after "
-        "its submodules: put its activation into a submodule or behind it, or use nn.BatchNorm2d"
+        "bn1 (Activated) has the tensors of a BN, but its output is neither what they "
+        "make of its input nor that after its submodules: put its activation into a submodule or behind it, or use nn.BatchNorm2d"
     )
 
 
@@ -605,7 +690,8 @@ def test_an_activation_in_a_forward_that_was_set_on_a_bn_is_an_error():
     norm = with_statistics(bn())
     norm.forward = lambda x: F.relu(nn.BatchNorm2d.forward(norm, x))
     with pytest.raises(
-        ValueError, match=r"bn1 \(BatchNorm2d\) has the tensors of a BN, but its output is not what"
+        ValueError,
+        match=r"bn1 \(BatchNorm2d\) has the tensors of a BN, but its output is neither what",
     ):
         record_of(Net(chain("conv1", "bn1"), bn1=norm))
     norm.forward = lambda x: nn.BatchNorm2d.forward(norm, x)
@@ -622,7 +708,8 @@ def test_submodules_that_do_not_run_on_the_response():
             return self.branches[0](super().forward(x))
 
     with pytest.raises(
-        ValueError, match=r"bn1 \(Branched\) has the tensors of a BN, but its output is not what"
+        ValueError,
+        match=r"bn1 \(Branched\) has the tensors of a BN, but its output is neither what",
     ):
         record_of(Net(chain("conv1", "bn1"), bn1=Branched()))
 
@@ -630,7 +717,7 @@ def test_submodules_that_do_not_run_on_the_response():
 def test_the_activation_is_looked_at_without_its_hooks():
     norm, calls = BatchNormAct(nn.ReLU()), []
     norm.act.register_forward_hook(lambda *args: calls.append(1))
-    record_of(nn.Sequential(conv(), norm), passes=2)
+    record_of(nn.Sequential(conv(), norm), batches=2)
     assert calls == [1, 1]
 
 
@@ -660,11 +747,11 @@ def test_hooks_that_change_what_a_convolution_puts_out_part_it_from_its_bn():
         network = Net(chain("conv1", "bn1", "conv2", "bn2"))
         network.conv1.register_forward_hook(hook)
         record = record_of(network)
-        assert (pairs_of(record), record.unpaired) == (TWO[1:], ["conv1"])
+        assert (pairs_of(record), list(record.unpaired)) == (TWO[1:], ["conv1"])
     network = Net(chain("conv1", "bn1", "conv2", "bn2"))
     network.bn1.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
     record = record_of(network)
-    assert (pairs_of(record), record.unpaired) == (TWO[1:], ["conv1"])
+    assert (pairs_of(record), list(record.unpaired)) == (TWO[1:], ["conv1"])
 
 
 @pytest.mark.parametrize("hook", [doubled, doubled_in_place])
@@ -687,24 +774,95 @@ def test_hooks_of_all_modules_that_change_what_a_bn_puts_out_are_an_error():
     double = lambda module, args, output: output * 2 if isinstance(module, nn.BatchNorm2d) else None  # noqa: E731
     with (
         register_module_forward_hook(double),
-        pytest.raises(ValueError, match="its output is not what they make of"),
+        pytest.raises(ValueError, match="its output is neither what they make of"),
     ):
         record_of(network)
 
 
-def test_convolutions_of_which_hooks_see_no_call_are_named():
+def test_convolutions_that_do_not_run_as_modules_are_named():
     network = Net(lambda m, x: m.bn2(m.conv2.forward(m.bn1(m.conv1(x)))), conv3=conv(kernel=1))
-    assert record_of(network, passes=2).unseen == ["conv2"]
-    frame = analysis.measure(network, torch.randn(2, 2, 4, 8, 8))
-    assert (frame["name"].tolist(), frame.attrs["unseen"]) == (["conv1"], ["conv2"])
-    assert record_of(Net(chain("conv1", "bn1", "conv2", "bn2", "conv3", "bn3"))).unseen == []
+    reasons = {"conv2": "it did not run as a module", "bn2": UNKNOWN}
+    assert record_of(network, batches=2).unseen == reasons
+    with pytest.warns(UserWarning, match=r"^2 layers are not in the frame: conv2 \(it did not run"):
+        frame = analysis.measure(network, torch.randn(2, 2, 4, 8, 8))
+    assert (frame["name"].tolist(), frame.attrs["unseen"]) == (["conv1"], reasons)
+    assert record_of(Net(chain("conv1", "bn1", "conv2", "bn2", "conv3", "bn3"))).unseen == {}
 
 
-def test_one_bn_twice_on_one_output():
-    assert (
-        pairs_of(record_of(Net(lambda m, x: torch.add(m.bn1(y := m.conv1(x)), m.bn1(y)))))
-        == ONE * 2
+class OwnConv(_ConvNd):
+    """A convolution that is written on torch's private base class."""
+
+    def __init__(self):
+        super().__init__(
+            *(4, 4, (3, 3), (1, 1), (1, 1), (1, 1)), False, (0, 0), 1, True, padding_mode="zeros"
+        )
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight, self.bias, padding=1)
+
+
+def test_convolutions_of_other_classes_are_measured():
+    network = with_statistics(Net(chain("conv1", "bn1"), conv1=OwnConv()))
+    x = torch.randn(6, 4, 8, 8)
+    frame = measured(network, x.split(2))
+    expected = network(x).double().std(correction=0).item()
+    assert frame["std"].tolist() == pytest.approx([expected], rel=1e-6)
+
+
+class Weights(nn.Module):
+    """A convolution of no class that is known."""
+
+    def __init__(self, size=3):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(4, 4, size, size))
+
+    def forward(self, x):
+        return F.conv2d(x, self.kernel, padding=self.kernel.shape[-1] // 2)
+
+
+def test_a_norm_after_a_convolution_that_is_no_known_module_is_named():
+    make = lambda size: Net(  # noqa: E731
+        chain("own", "bn1", "conv2", "bn2", "conv3", "bn3"), conv1=None, own=Weights(size)
     )
+    assert record_of(make(3)).unseen == {"bn1": UNKNOWN}
+    assert record_of(make(1)).unseen == {}
+    frame = measured(make(3), torch.randn(3, 2, 4, 8, 8))
+    assert (frame["norm"].tolist(), frame.attrs["method"]) == (["bn2", "bn3"], "folded")
+
+
+class Hidden(Net):
+    """A network with modules in a plain list, which torch does not see."""
+
+    def __init__(self, *hidden):
+        super().__init__(chain("conv1", "bn1"), conv2=None, bn2=None, conv3=None, bn3=None)
+        self.hidden = list(hidden)
+
+    def forward(self, x):
+        x = super().forward(x)
+        for module in self.hidden:
+            x = module(x)
+        return x
+
+
+def test_a_bn_in_a_plain_list_is_not_changed():
+    network = Hidden(conv(), bn())
+    before = {name: x.clone() for name, x in network.hidden[1].state_dict().items()}
+    with pytest.raises(ValueError, match="a BatchNorm2d that is not registered in the network wou"):
+        analysis.measure(network, torch.randn(3, 2, 4, 8, 8))
+    after = network.hidden[1].state_dict()
+    assert all(torch.equal(x, after[name]) for name, x in before.items())
+    assert network.training
+    network.hidden[1].eval()
+    assert list(record_of(network).unseen) == [
+        "a BatchNorm2d that is not registered in the network"
+    ]
+
+
+def test_a_convolution_in_a_plain_list_before_a_known_bn():
+    network = Hidden(conv())
+    network.last = bn()
+    network.hidden.append(network.last)
+    assert record_of(network).unseen == {"last": UNKNOWN}
 
 
 class Heads(Net):
@@ -721,13 +879,12 @@ def test_a_layer_to_which_nothing_comes_in_some_batches(norm):
     some, none = (torch.randn(3, 4, 8, 8) + offset for offset in (5, -5))
     for batches in ([some, none, some], [none, some], [some, some, none, some]):
         found, few = (
-            analysis.measure(network, images)
-            for images in (batches, [b for b in batches if b is not none])
+            measured(network, images) for images in (batches, [b for b in batches if b is not none])
         )
         assert found["std"][1] == pytest.approx(few["std"][1], rel=1e-6)
         assert found["count"].tolist() == [len(batches) * 3 * 4 * 64, few["count"][1]]
-    with pytest.raises(ValueError, match="no image gave a response of conv2: take others"):
-        analysis.measure(network, [none, none])
+    with pytest.raises(ValueError, match="no image gave a response of conv2: use other images"):
+        measured(network, [none, none])
 
 
 def test_backward_hooks_do_not_part_a_pair():
@@ -746,13 +903,13 @@ def in_inference_mode(m, x):
 def test_inference_mode():
     with torch.inference_mode():
         network, x = Net(chain("conv1", "bn1")), torch.randn(2, 4, 8, 8)
-        frame = analysis.measure(network, [x])
+        frame = measured(network, [x])
     assert frame["name"].tolist() == ["conv1"]
     assert pairs_of(record_of(network, x)) == ONE  # its tensors were made in inference mode
     with pytest.raises(ValueError) as error:  # noqa: PT011
         record_of(Net(in_inference_mode))
     assert str(error.value) == (
-        "conv1 runs in torch.inference_mode, where a change in place leaves no trace: use torch.no_grad in its place"
+        "conv1 runs in torch.inference_mode, where a change in place leaves no trace: use torch.no_grad instead"
     )
 
 
@@ -838,26 +995,11 @@ def test_compiled_networks_run_eagerly_while_they_are_recorded(wrap):
     expected = network(x)
     assert calls
     calls.clear()
-    record = record_of(network, x, passes=2)
+    record = record_of(network, x, batches=2)
     assert pairs_of(record) == ([("1.conv1", "1.bn1")] if wrap is compiled_part else ONE)
     assert calls == []
     assert torch.equal(network(x), expected)
     assert calls
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # people have such files
-def test_torch_jit_is_an_error():
-    scripted = torch.jit.trace(nn.Sequential(conv(), bn()).eval(), torch.randn(2, 4, 8, 8))
-    for network, name in (
-        (scripted, "the network"),
-        (Net(chain("conv1", "bn1"), head=scripted), "head"),
-    ):
-        with pytest.raises(ValueError) as error:  # noqa: PT011
-            record_of(network)
-        assert str(error.value) == (
-            f"{name} is a torch.jit module, and hooks see nothing of what runs inside it: "
-            "measure the network that it was made from"
-        )
 
 
 # Several passes
@@ -865,9 +1007,11 @@ def test_torch_jit_is_an_error():
 
 def record_two(flow):
     network, x = Net(flow), torch.randn(2, 4, 8, 8)
-    with torch.no_grad(), recording(network) as record:
+    record = Recording(network)
+    with torch.no_grad():
         for batch in (x, x[:1]):
-            network(batch)
+            with record.watching():
+                network(batch)
             record.end_pass()
 
 
@@ -894,7 +1038,7 @@ def test_outputs_of_the_pass_before_are_forgotten():
 
     def flow(m, x):
         kept.append(m.conv1(x))
-        return m.bn1(kept[-1]) + m.bn2(kept[0])
+        return m.bn1(kept[0])
 
     with pytest.raises(ValueError, match="the first: conv1 did not run"):
         record_two(flow)
@@ -902,8 +1046,10 @@ def test_outputs_of_the_pass_before_are_forgotten():
 
 def test_hooks_and_forwards_are_taken_back_after_an_error():
     network = nn.DataParallel(Net(lambda m, x: m.bn1(m.conv1(x)) / "zero"))
-    hooks, own = hooks_of(network), set(vars(network))
-    with pytest.raises(TypeError), recording(network):
+    own, record = set(vars(network)), Recording(network)
+    with pytest.raises(TypeError), record.watching():
         network(torch.randn(2, 4, 8, 8))
-    assert hooks_of(network) == hooks
+    assert not hooks_of_all._global_forward_hooks
+    assert not hooks_of_all._global_forward_pre_hooks
+    assert _get_current_dispatch_mode() is None
     assert set(vars(network)) == own

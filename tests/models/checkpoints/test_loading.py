@@ -37,7 +37,7 @@ def test_a_saved_network_comes_back_with_its_card(tmp_path):
     assert torch.equal(found.preprocessing.mean, preprocessing.mean)
     assert found.crop_padding == "zero"
     assert found.card["training"] == {"seed": 3, "iterations": 64000}
-    assert found.how == {"kind": "card", "preprocessing": "card"}
+    assert (found.how_kind(), found.how_preprocessing()) == ("card", "card")
     assert found.warnings == []
 
 
@@ -119,7 +119,7 @@ def test_akamasters_names_of_projections(tmp_path):
     torch.save(state, tmp_path / "a.pth")
     found = load(tmp_path / "a.pth")
     assert found.model.config.shortcut == "B"
-    assert found.how["kind"] == "shortcuts"
+    assert found.how_kind() == "shortcuts"
     assert same_tensors(found.model, network)
 
 
@@ -127,7 +127,7 @@ def test_a_safetensors_file_of_others(tmp_path, network):
     save_file(network.state_dict(), tmp_path / "a.safetensors")
     found = load(tmp_path / "a.safetensors")
     assert same_tensors(found.model, network)
-    assert found.how == {"kind": "assumed", "preprocessing": "unknown"}
+    assert (found.how_kind(), found.how_preprocessing()) == ("assumed", "unknown")
     assert found.preprocessing is None
 
 
@@ -145,7 +145,7 @@ def test_what_the_caller_says_wins_over_the_card(tmp_path, network):
     found = load(path, kind="plain", normalize="[-1,1]")
     assert found.model.config.kind == "plain"
     assert found.preprocessing.name == "[-1,1]"
-    assert found.how == {"kind": "given", "preprocessing": "given"}
+    assert (found.how_kind(), found.how_preprocessing()) == ("given", "given")
 
 
 # Bad input: what, where, and what to do
@@ -274,11 +274,11 @@ BAD = {
     ),
     "extra": (
         lambda p, n: save_as("a.pt")(p, changed(n, bn9__bias=torch.zeros(1))),
-        "bn9.bias is too many",
+        "bn9.bias is unexpected",
     ),
     "shape": (
         lambda p, n: save_as("a.pt")(p, changed(n, bn1__bias=torch.zeros(3))),
-        "bn1.bias has shape (3,) in place of (16,); --model FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION builds "
+        "bn1.bias has shape (3,) instead of (16,); --model FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION builds "
         "any other network, --source batchnorm needs none",
     ),
     "many": (
@@ -308,7 +308,7 @@ def test_bad_input(write, message, tmp_path, network):
 def test_where_none_is_needed_a_file_gives_its_tensors_alone(name, tmp_path, network):
     state = network.state_dict() | {name: torch.zeros(3)}
     found = load(save_as("a.pt")(tmp_path, state), need_model=False)
-    assert (found.model, found.config, found.how["kind"]) == (None, None, "unknown")
+    assert (found.model, found.config, found.how_kind()) == (None, None, "unknown")
     assert list(found.state) == list(state)
 
 

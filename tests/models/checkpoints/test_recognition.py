@@ -15,7 +15,6 @@ from models.checkpoints.recognition import (
     SAMPLE,
     STEM_SAMPLE,
     best_of,
-    information,
     match_network,
     match_preprocessing,
     sample,
@@ -80,7 +79,7 @@ def test_the_network_is_recognised_among_those_with_the_same_tensors(true, tmp_p
     found = load(tmp_path / "a.pt", images=images)
     assert found.model.config == true
     assert (found.preprocessing.name, found.crop_padding) == ("cifar10", "zero")
-    assert found.how["kind"].startswith("recognised, misfit 0.0")
+    assert found.how_kind().startswith("recognised, misfit 0.0")
     assert found.warnings == []
 
 
@@ -155,8 +154,8 @@ def test_predictions_decide_where_few_images_make_the_variance(real_test, tmp_pa
     found = load(tmp_path / "a.pt", images=real_test.images)
     assert found.model.config == shipped.model.config
     assert (found.preprocessing.name, found.crop_padding) == ("per-pixel", "zero")
-    assert re.match(r"recognised, misfit \d\.\d\d, ", found.how["kind"])
-    assert re.search(r"; its predictions tell most of an image \([12]\.\d+ nats", found.how["kind"])
+    assert re.match(r"recognised, misfit \d\.\d\d, ", found.how_kind())
+    assert re.search(r"; its predictions tell most of an image \([12]\.\d+ nats", found.how_kind())
     assert len(found.warnings) == 2
     assert found.warnings[1].startswith(
         "BN's statistics are not those of these images: few images may make"

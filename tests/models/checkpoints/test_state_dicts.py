@@ -15,7 +15,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models import build, load
 from models.checkpoints import loading
-from models.checkpoints.state_dicts import at_root, read, rename
+from models.checkpoints.loading import read
+from models.checkpoints.state_dicts import at_root, rename
 from models.data.preprocessing import PRESETS
 
 
@@ -40,7 +41,7 @@ def same(state, network):
 
 def weights(path, ema=False):
     """The tensors of a network like ours in a file."""
-    return at_root(read(path, ema)[0])
+    return at_root(read(path, ema=ema).tensors)
 
 
 def prefixed(prefix, state):
@@ -123,22 +124,22 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_weights_come_out(layout, network, other, tmp_path):
     torch.save(LAYOUTS[layout](network.state_dict(), other.state_dict()), tmp_path / "a.pth")
-    tensors, card, note = read(tmp_path / "a.pth")
-    assert same(at_root(tensors), network)
-    assert card == {}
-    assert ("EMA" in note or "ema" in note) == ("EMA" in layout)
+    file = read(tmp_path / "a.pth")
+    assert same(at_root(file.tensors), network)
+    assert file.card == {}
+    assert ("ema" in file.weights_note) == ("EMA" in layout)
     assert same(load(tmp_path / "a.pth").model.state_dict(), network)
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if "EMA" in layout])
 def test_the_averaged_copy_comes_out_where_it_is_asked_for(layout, network, other, tmp_path):
     torch.save(LAYOUTS[layout](network.state_dict(), other.state_dict()), tmp_path / "a.pth")
-    tensors, _, note = read(tmp_path / "a.pth", ema=True)
-    assert same(at_root(tensors), other)
-    assert note
+    file = read(tmp_path / "a.pth", ema=True)
+    assert same(at_root(file.tensors), other)
+    assert "ema" in file.weights_note
     checkpoint = load(tmp_path / "a.pth", ema=True)
     assert same(checkpoint.model.state_dict(), other)
-    assert checkpoint.how["weights"] == note
+    assert checkpoint.weights_note == file.weights_note
 
 
 def test_the_notes(network, other, tmp_path):
@@ -146,12 +147,15 @@ def test_the_notes(network, other, tmp_path):
     notes = {}
     for layout in ("timm with EMA", "Lightning with EMA inside"):
         torch.save(LAYOUTS[layout](state, average), tmp_path / "a.pth")
-        notes[layout] = [read(tmp_path / "a.pth", ema=ema)[2] for ema in (False, True)]
+        notes[layout] = [read(tmp_path / "a.pth", ema=ema).weights_note for ema in (False, True)]
     assert notes == {
-        "timm with EMA": ["not its EMA copy, which --ema takes", "EMA copy"],
+        "timm with EMA": [
+            "state_dict; also in the file: state_dict_ema, which --weights takes",
+            "state_dict_ema; also in the file: state_dict, which --weights takes",
+        ],
         "Lightning with EMA inside": [
-            "from model, not ema_model.module",
-            "from ema_model.module, not model",
+            "model; also in the file: ema_model.module, which --weights takes",
+            "ema_model.module; also in the file: model, which --weights takes",
         ],
     }
 
@@ -165,7 +169,7 @@ def test_torchs_averaged_model(network, tmp_path):
 def test_torchs_averaged_model_of_another_network(tmp_path):
     other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     torch.save(AveragedModel(other).state_dict(), tmp_path / "a.pth")
-    assert same(read(tmp_path / "a.pth")[0], other)
+    assert same(read(tmp_path / "a.pth").tensors, other)
 
 
 def test_data_parallel_itself(network, tmp_path):
@@ -186,9 +190,7 @@ def test_no_averaged_copy(network, tmp_path):
 def test_two_networks_in_one_file(network, other, tmp_path):
     both = prefixed("student.", network.state_dict()) | prefixed("teacher.", other.state_dict())
     save_file(both, tmp_path / "a.safetensors")
-    message = (
-        "a.safetensors: it holds 2 networks: student., teacher.; save the one you mean by itself"
-    )
+    message = "a.safetensors: it holds 2 networks: student., teacher.; --weights NAME chooses one"
     with pytest.raises(ValueError, match=re.escape(message)):
         read(tmp_path / "a.safetensors")
 
@@ -198,16 +200,19 @@ def test_two_copies_of_another_network_in_one_file(tmp_path):
     both = prefixed("model.", plain.state_dict()) | prefixed("model_ema.", average.state_dict())
     torch.save({"state_dict": both | {"loss.weight": torch.ones(3)}}, tmp_path / "a.pt")
     for ema, copy, note in (
-        (False, prefixed("model.", plain.state_dict()), "from model, not model_ema"),
-        (True, prefixed("model_ema.", average.state_dict()), "from model_ema, not model"),
+        (False, prefixed("model.", plain.state_dict()), "model; also in the file: model_ema,"),
+        (True, prefixed("model_ema.", average.state_dict()), "model_ema; also in the file: model,"),
     ):
-        state, _, said = read(tmp_path / "a.pt", ema=ema)
-        assert said == note
+        file = read(tmp_path / "a.pt", ema=ema)
+        state = file.tensors
+        assert file.weights_note == f"{note} which --weights takes"
         assert state.keys() == copy.keys()
         assert all(torch.equal(state[name], copy[name]) for name in copy)
     streams = prefixed("rgb.", plain.state_dict()) | prefixed("schema.", average.state_dict())
     torch.save(streams, tmp_path / "b.pt")
-    assert read(tmp_path / "b.pt")[0].keys() == streams.keys()  # no EMA: two parts of one network
+    assert (
+        read(tmp_path / "b.pt").tensors.keys() == streams.keys()
+    )  # no EMA: two parts of one network
 
 
 def test_a_pruned_network(network, tmp_path):
@@ -302,7 +307,7 @@ def test_chenyaofo(tmp_path):
         network = build("resnet-20", shortcut="B", classes=classes)
         torch.save(network.state_dict(), tmp_path / "a.pt")
         found = load(tmp_path / "a.pt")
-        assert (found.config, found.how["kind"]) == (network.config, "shortcuts")
+        assert (found.config, found.how_kind()) == (network.config, "shortcuts")
 
 
 @pytest.mark.parametrize("depth", [18, 34])
@@ -310,7 +315,7 @@ def test_torchvisions_basic_networks(depth, tmp_path):
     network = build(f"resnet-{depth}")
     torch.save(network.state_dict(), tmp_path / "resnet.pth")
     found = load(tmp_path / "resnet.pth")
-    assert (found.config, found.how["kind"]) == (network.config, "shortcuts")
+    assert (found.config, found.how_kind()) == (network.config, "shortcuts")
 
 
 def test_torchvisions_bottlenecks_are_taken_for_v1_5(tmp_path):
@@ -319,7 +324,7 @@ def test_torchvisions_bottlenecks_are_taken_for_v1_5(tmp_path):
         found = load(tmp_path / "resnet50.pth", kind=kind)
         assert (found.config.name, found.config.stride) == ("resnet-50", "3x3")
         assert (
-            found.how["kind"]
+            found.how_kind()
             == "assumed v1.5, stride on the 3x3: the tensors do not say; --data tells"
         )
 
@@ -333,7 +338,7 @@ def test_a_card_says_where_the_stride_is(tmp_path):
         training={},
     )
     found = load(tmp_path / "a.safetensors")
-    assert (found.config.stride, found.how["kind"]) == ("1x1", "card")
+    assert (found.config.stride, found.how_kind()) == ("1x1", "card")
 
 
 def test_old_files_without_counters(network, tmp_path):

@@ -1,10 +1,15 @@
 """Every layout is written from the same twenty images and must give them back."""
 
+import gzip
 import http.server
 import io
+import os
 import pickle
+import re
 import socket
 import struct
+import subprocess
+import sys
 import tarfile
 import threading
 from contextlib import contextmanager
@@ -18,12 +23,20 @@ from PIL import Image
 from pyarrow import parquet
 
 from models.data import cifar10
-from models.data.formats import CLASSES, NoData, decode_archive
+from models.data.labels import CLASSES
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
 LABELS = np.arange(20) % 10
 DIGEST = cifar10.digest(IMAGES, LABELS)
+PLANES = IMAGES.transpose(0, 3, 1, 2).reshape(-1, 3072)
+ALL = slice(None)
+
+
+def put(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
 
 
 def png(image):
@@ -32,164 +45,153 @@ def png(image):
     return buffer.getvalue()
 
 
-def write_parquet(folder, part, name):
-    folder.mkdir(parents=True, exist_ok=True)
+def write_parquet(file, part=ALL, label=LABELS):
+    file.parent.mkdir(parents=True, exist_ok=True)
     cells = [{"bytes": png(image), "path": None} for image in IMAGES[part]]
-    parquet.write_table(pyarrow.table({"img": cells, "label": LABELS[part]}), folder / name)
+    parquet.write_table(pyarrow.table({"img": cells, "label": label[part]}), file)
+    return file
 
 
-def planes(part=slice(None)):
-    return IMAGES[part].transpose(0, 3, 1, 2).reshape(-1, 3072)
-
-
-def python2_pickle(data, labels):
-    """A batch as Python 2 wrote the official ones: protocol 2, byte strings, numpy's old module
-    names.
-    """
+def python2_pickle(part=ALL):
+    """A batch as Python 2 wrote the official ones, without the memo: byte strings, old names."""
 
     def text(value):  # BINSTRING
         return b"T" + struct.pack("<i", len(value)) + value
 
-    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + text(b"b") + b"\x87R"
-    dtype = (
-        b"cnumpy\ndtype\n"
-        + text(b"u1")
-        + b"K\x00K\x01\x87R(K\x03"
-        + text(b"|")
-        + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    def integer(value):  # BININT
+        return b"J" + struct.pack("<i", value)
+
+    data = PLANES[part]
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + text(b"b") + b"\x87R"
     )
-    shape = b"".join(b"J" + struct.pack("<i", size) for size in data.shape) + b"\x86"
+    dtype = b"cnumpy\ndtype\n" + text(b"u1") + b"K\x00K\x01\x87R(K\x03" + text(b"|")
+    dtype += b"NNN" + integer(-1) + integer(-1) + b"K\x00tb"
+    shape = b"".join(map(integer, data.shape)) + b"\x86"
     state = b"(K\x01" + shape + dtype + b"\x89" + text(data.tobytes()) + b"tb"
-    items = (
-        text(b"data")
-        + array
-        + state
-        + text(b"labels")
-        + b"]"
-        + b"("
-        + b"".join(b"K" + bytes([n]) for n in labels)
-        + b"e"
-    )
-    return b"\x80\x02}(" + items + b"u."
+    labels = b"](" + b"".join(b"K" + bytes([n]) for n in LABELS[part].tolist()) + b"e"
+    return b"\x80\x02}(" + text(b"data") + array + state + text(b"labels") + labels + b"u."
 
 
-def write_python(folder, part, name):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_bytes(python2_pickle(planes(part), LABELS[part].tolist()))
+def records(part=ALL):
+    return np.hstack([LABELS[part, None].astype(np.uint8), PLANES[part]]).tobytes()
 
 
-def write_binary(folder, part, name):
-    folder.mkdir(parents=True, exist_ok=True)
-    records = np.concatenate([LABELS[part, None].astype(np.uint8), planes(part)], axis=1)
-    (folder / name).write_bytes(records.tobytes())
-
-
-def write_archive(path, folder):
+def write_archive(path, **files):  # test_batch_bin: test_batch.bin
     with tarfile.open(path, "w:gz") as archive:
-        archive.add(folder, folder.name)
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"cifar-10-batches-py/{name.replace('_bin', '.bin')}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
     return path
-
-
-def write_folders(folder):
-    for i, (image, label) in enumerate(zip(IMAGES, LABELS, strict=True)):
-        (folder / CLASSES[label]).mkdir(parents=True, exist_ok=True)
-        (folder / CLASSES[label] / f"{i}.png").write_bytes(png(image))
 
 
 def parquet_folder(path):
-    write_parquet(path / "plain_text", slice(0, 12), "test-00000-of-00002.parquet")
-    write_parquet(path / "plain_text", slice(12, 20), "test-00001-of-00002.parquet")
+    write_parquet(path / "plain_text" / "test-00000-of-00002.parquet", slice(12))
+    write_parquet(path / "plain_text" / "test-00001-of-00002.parquet", slice(12, 20))
     return path
 
 
-def parquet_file(path):
-    write_parquet(path, slice(None), "anything.parquet")
-    return path / "anything.parquet"
-
-
-def python_folder(path):
-    write_python(path / "cifar-10-batches-py", slice(None), "test_batch")
+def pickled(path, protocol=4, labels=None):
+    names = [f"{n}.png" for n in range(20)]
+    batch = {b"data": PLANES, b"labels": LABELS.tolist() if labels is None else labels}
+    put(path / "test_batch", pickle.dumps(batch | {b"filenames": names}, protocol))
     return path
 
 
-def python_archive(path):
-    return write_archive(path / "cifar-10-python.tar.gz", python_folder(path) / "cifar-10-batches-py")
-
-
-def python3_pickles(path):
-    batch = {b"data": planes(), b"labels": LABELS.tolist(), b"batch_label": b"testing batch 1 of 1"}
-    (path / "test_batch").write_bytes(pickle.dumps(batch))
+def class_folders(path, names=CLASSES):
+    for i, (image, label) in enumerate(zip(IMAGES, LABELS, strict=True)):
+        put(path / "test" / names[label] / f"{i}.png", png(image))
     return path
 
 
-def binary_folder(path):
-    write_binary(path / "cifar-10-batches-bin", slice(None), "test_batch.bin")
-    return path / "cifar-10-batches-bin"
-
-
-def binary_archive(path):
-    write_archive(path / "cifar-10-binary.tar.gz", binary_folder(path))
-    for file in (path / "cifar-10-batches-bin").iterdir():
-        file.unlink()
-    return path
-
-
-def class_folders(path):
-    write_folders(path / "test")
-    return path
-
-
+PY, BIN = "cifar-10-batches-py", "cifar-10-batches-bin"
 LAYOUTS = {
-    parquet_folder: "parquet shards of the hub",
-    parquet_file: "parquet shards of the hub",
-    python_folder: "official python version",
-    python3_pickles: "official python version",
-    python_archive: "official archive",
-    binary_folder: "official binary version",
-    binary_archive: "official archive",
-    class_folders: "folders of images",
+    "parquet folder": ("parquet shards of the hub", parquet_folder),
+    "parquet file": ("parquet shards of the hub", lambda p: write_parquet(p / "any.parquet")),
+    "python 2": (
+        "official python version",
+        lambda p: put(p / PY / "test_batch", python2_pickle()).parent.parent,
+    ),
+    "python 3": ("official python version", pickled),
+    "protocol 5": ("official python version", partial(pickled, protocol=5)),
+    "labels in an array": ("official python version", partial(pickled, labels=LABELS)),
+    "binary": (
+        "official binary version",
+        lambda p: put(p / BIN / "test_batch.bin", records()).parent,
+    ),
+    "python archive": (
+        "official archive",
+        lambda p: write_archive(p / "cifar-10-python.tar.gz", test_batch=python2_pickle()),
+    ),
+    "binary archive": (
+        "official archive",
+        lambda p: write_archive(p / "cifar-10-binary.tar.gz", test_batch_bin=records()).parent,
+    ),
+    "class folders": ("folders of images", class_folders),
+    "plain names": (
+        "folders of images",
+        partial(class_folders, names=["plane", "Car", "birds", *CLASSES[3:]]),
+    ),
+    "numbered folders": ("folders of images", partial(class_folders, names="0123456789")),
 }
 
 
-@pytest.mark.parametrize("write", LAYOUTS, ids=lambda write: write.__name__)
-def test_every_layout_gives_the_same_images(write, tmp_path):
+@pytest.mark.parametrize(("layout", "write"), LAYOUTS.values(), ids=LAYOUTS)
+def test_every_layout_gives_the_same_images(layout, write, tmp_path):
     data = cifar10.load(write(tmp_path))
-    assert data.layout == LAYOUTS[write]
-    assert data.images.shape == (20, 32, 32, 3)
-    assert data.images.dtype == np.uint8
+    assert (data.layout, data.labels_known) == (layout, "")
+    assert (data.images.shape, data.images.dtype) == ((20, 32, 32, 3), np.uint8)
     order = np.lexsort(data.images.reshape(20, -1).T)
     expected = np.lexsort(IMAGES.reshape(20, -1).T)
     assert np.array_equal(data.images[order], IMAGES[expected])
     assert np.array_equal(data.labels[order], LABELS[expected])
     assert data.digest == DIGEST
-    assert f"20 test images, incomplete: 9,980 of 10,000 are missing ({LAYOUTS[write]}" in data.describe()
+    assert f"20 test images, incomplete: 9,980 of 10,000 are missing ({layout}" in data.describe()
 
 
 def test_training_batches_are_joined_in_order(tmp_path):
-    for i in range(5):
-        write_binary(tmp_path, slice(4 * i, 4 * i + 4), f"data_batch_{i + 1}.bin")
-    data = cifar10.load(tmp_path, "train")
+    parts = {f"data_batch_{i}": python2_pickle(slice(4 * i - 4, 4 * i)) for i in (4, 1, 3, 5, 2)}
+    data = cifar10.load(write_archive(tmp_path / "a.tar.gz", **parts), "train")
     assert np.array_equal(data.images, IMAGES)
     assert np.array_equal(data.labels, LABELS)
 
 
 def test_missing_parts_are_named(tmp_path):
     for i in (1, 2, 4, 5):
-        write_python(tmp_path / "py", slice(i, i + 1), f"data_batch_{i}")
+        put(tmp_path / "py" / f"data_batch_{i}", python2_pickle(slice(i, i + 1)))
     assert "incomplete: data_batch_3 not there" in cifar10.load(tmp_path / "py", "train").describe()
-    write_parquet(tmp_path / "hub", slice(5), "train-00001-of-00002.parquet")
-    assert "incomplete: train-00000-of-00002.parquet not there" in cifar10.load(tmp_path / "hub", "train").describe()
+    write_parquet(tmp_path / "hub" / "train-00001-of-00002.parquet")
+    words = "incomplete: train-00000-of-00002.parquet not there"
+    assert words in cifar10.load(tmp_path / "hub", "train").describe()
 
 
 def test_images_of_other_modes_become_rgb_and_a_flat_folder_has_no_labels(tmp_path):
     Image.fromarray(IMAGES[0, :, :, 0]).save(tmp_path / "grey.png")
     Image.fromarray(np.dstack([IMAGES[1], IMAGES[1, :, :, :1]])).save(tmp_path / "alpha.PNG")
     data = cifar10.load(tmp_path)
-    assert data.labels is None
+    assert (data.labels, data.labels_known) == (None, "the images are not in class folders")
     assert np.array_equal(data.images[1], np.repeat(IMAGES[0, :, :, :1], 3, axis=2))
     assert np.array_equal(data.images[0], IMAGES[1])
-    assert "without labels" not in data.describe()  # that most are missing comes first
     assert "incomplete: 9,998 of 10,000 are missing" in data.describe()
+
+
+def test_a_numbered_folder_that_is_missing_moves_no_other(tmp_path):
+    names = "0123456789"
+    for file in (class_folders(tmp_path, names) / "test" / "4").iterdir():
+        file.unlink()
+    data = cifar10.load(tmp_path)
+    assert sorted(set(data.labels.tolist())) == [0, 1, 2, 3, 5, 6, 7, 8, 9]
+    assert {data.labels[(data.images == IMAGES[7]).all((1, 2, 3))].item()} == {7}
+
+
+def test_unknown_class_folders_have_no_labels_and_the_reason(tmp_path):
+    data = cifar10.load(class_folders(tmp_path, ["lorry", *CLASSES[1:]]))
+    assert (data.labels, data.labels_known) == (
+        None,
+        "the class of the folder 'lorry' is not known",
+    )
+    assert [labels for _, labels in data.batches(15)] == [None, None]
 
 
 def test_the_digest_does_not_depend_on_the_order_but_on_every_byte():
@@ -201,90 +203,83 @@ def test_the_digest_does_not_depend_on_the_order_but_on_every_byte():
     assert cifar10.digest(changed, LABELS) != DIGEST
 
 
-def test_wrong_content_of_the_right_size_is_not_called_exact(tmp_path, monkeypatch):
+@pytest.fixture
+def published(monkeypatch):
+    """The twenty images are taken for the published ones."""
     monkeypatch.setitem(cifar10.SIZES, "test", 20)
-    data = cifar10.load(python_folder(tmp_path))
-    assert "not exact: other images or labels than the published ones" in data.describe()
     monkeypatch.setitem(cifar10.DIGESTS, "test", DIGEST)
-    assert "20 test images, complete and exact" in data.describe()
 
 
-@pytest.mark.parametrize("split", ["test", "train"])
+def test_a_part_says_so(tmp_path, published):
+    data = cifar10.load(pickled(tmp_path))
+    part = data.some(10).some(5)
+    where = f"test images, complete and exact (official python version, {tmp_path})"
+    assert data.describe() == data.some(99).describe() == f"20 {where}"
+    assert part.describe() == f"5 of 20 {where}"
+    assert (len(part), part.total, part.provenance()) == (5, 20, data.provenance())
+    assert np.array_equal(data.sample(3), data.images[[0, 9, 19]])
+
+
+def test_a_part_of_incomplete_images_says_what_is_missing(tmp_path):
+    data = cifar10.load(write_parquet(tmp_path / "a.parquet", slice(8))).some(3)
+    assert data.describe().startswith("3 of 8 test images, incomplete: 9,992 of 10,000 are missing")
+
+
+def test_a_file_replaced_with_size_and_time_kept_is_not_called_exact(tmp_path, published):
+    file = pickled(tmp_path) / "test_batch"
+    assert cifar10.load(tmp_path).exact
+    times = file.stat()
+    file.write_bytes(file.read_bytes().replace(PLANES[0].tobytes(), bytes(3072)))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    again = cifar10.load(tmp_path)
+    assert not again.images[0].any()
+    assert "not exact: other images or labels than the published ones" in again.describe()
+
+
+@pytest.mark.parametrize("split", ["test", pytest.param("train", marks=pytest.mark.slow)])
 def test_the_real_images_are_complete_and_exact(shared_cifar10, split):
     data = cifar10.load(shared_cifar10, split)
     assert data.exact
-    assert f"{cifar10.SIZES[split]:,} {split} images, complete and exact (parquet" in data.describe()
+    assert (
+        f"{cifar10.SIZES[split]:,} {split} images, complete and exact (parquet" in data.describe()
+    )
     assert np.bincount(data.labels).tolist() == [cifar10.SIZES[split] // 10] * 10
-
-
-def test_decoded_images_are_kept_until_the_files_change(tmp_path, monkeypatch):
-    folder = class_folders(tmp_path)
-    first = cifar10.load(folder)
-    with monkeypatch.context() as patch:
-        patch.setattr(Image, "open", None)  # decoding again would fail
-        again = cifar10.load(folder)
-    assert np.array_equal(again.images, first.images)
-    assert np.array_equal(again.labels, first.labels)
-    write_parquet(folder, slice(3), "test.parquet")
-    assert len(cifar10.load(folder).images) == 3
-
-
-def test_a_damaged_cache_is_made_again(tmp_path, monkeypatch):
-    monkeypatch.setenv("LAYER_RESPONSES_CACHE", str(tmp_path / "cache"))
-    folder = class_folders(tmp_path / "data")
-    cifar10.load(folder)
-    [store] = (tmp_path / "cache" / "decoded").iterdir()
-    store.write_bytes(store.read_bytes()[:1000])
-    assert len(cifar10.load(folder).images) == 20
-
-
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("LAYER_RESPONSES_CACHE", str(tmp_path / "file"))
-    assert len(cifar10.load(python_folder(tmp_path / "data")).images) == 20
 
 
 # Finding and downloading
 
 
-def test_places_are_searched_in_order(tmp_path, monkeypatch):
+def refuse(words, *arguments, **options):
+    with pytest.raises((ValueError, OSError), match=words):
+        cifar10.load(*arguments, **options)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LAYER_RESPONSES_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(NoData, match=r"tried \$CIFAR10 \(not set\), data, .*cache; name its folder or archive"):
-        cifar10.load()
-    python_archive_in_cache = python_archive(tmp_path / "cache")
-    assert cifar10.load().path == tmp_path / "cache"
-    python_folder(tmp_path / "data")  # the working folder is tmp_path
+    return tmp_path / "cache"
+
+
+def test_places_are_searched_in_order(cache, monkeypatch):
+    refuse(r"tried \$CIFAR10 \(not set\), data, .*cache; name its folder or archive")
+    pickled(cache)
+    assert cifar10.load().path == cache
+    pickled(Path("data"))
     assert str(cifar10.load().path) == "data"
-    monkeypatch.setenv("CIFAR10", str(python_archive_in_cache))
-    assert cifar10.load().path == python_archive_in_cache
-    monkeypatch.setenv("CIFAR10", str(tmp_path / "nowhere"))
-    with pytest.raises(NoData, match=r"^\$CIFAR10: .*nowhere: no such file or folder"):
-        cifar10.load()
+    monkeypatch.setenv("CIFAR10", "nowhere")
+    refuse(r"^\$CIFAR10: nowhere: no such file or folder")
     monkeypatch.setenv("CIFAR10", "")
     assert str(cifar10.load().path) == "data"
 
 
-def test_a_data_folder_of_photographs_is_passed_over(tmp_path, monkeypatch):
-    monkeypatch.setenv("LAYER_RESPONSES_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "data").mkdir()
-    Image.new("RGB", (640, 480)).save(tmp_path / "data" / "photograph.jpg")
-    with pytest.raises(NoData, match="no CIFAR-10 test images found"):
-        cifar10.load()
-
-
-def test_other_peoples_parquet_files_are_passed_over(tmp_path, monkeypatch):
-    monkeypatch.setenv("LAYER_RESPONSES_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "data").mkdir()
-    parquet.write_table(pyarrow.table({"text": ["a", "b"], "label": [0, 1]}), tmp_path / "data" / "test.parquet")
-    with pytest.raises(NoData, match="no CIFAR-10 test images found"):
-        cifar10.load()
-    with pytest.raises(ValueError, match=r"test\.parquet: no columns img"):
-        cifar10.load("data")
-
-
-def test_an_archive_that_vanished_is_not_said_to_be_damaged(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        decode_archive([tmp_path / "cifar-10-python.tar.gz"], "test")
+def test_other_data_are_passed_over(cache):
+    table = pyarrow.table({"text": ["a", "b"], "label": [0, 1]})
+    Path("data").mkdir()
+    Image.new("RGB", (640, 480)).save("data/photograph.jpg")
+    refuse("no CIFAR-10 test images found")
+    parquet.write_table(table, "data/test.parquet")
+    refuse("no CIFAR-10 test images found")
+    refuse(r"test\.parquet: no columns img", "data")
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -307,7 +302,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 @contextmanager
 def served(folder):
     """The address of a server on loopback."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as server:
+    handler = partial(Handler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
@@ -318,19 +314,17 @@ def served(folder):
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch):
-    """A server on loopback whose good.parquet is taken for CIFAR-10's test images."""
-    monkeypatch.setenv("LAYER_RESPONSES_CACHE", str(tmp_path / "cache"))
+def server(tmp_path, cache, monkeypatch):
+    """A server on loopback whose test-good.parquet is taken for CIFAR-10's test images."""
     monkeypatch.setitem(cifar10.DIGESTS, "test", DIGEST)
-    folder = tmp_path / "served"
-    write_parquet(folder, slice(None), "test-good.parquet")
-    write_parquet(folder, slice(7), "test-short.parquet")
-    (folder / "page.parquet").write_text("<html>log in first</html>")
-    with served(folder) as url:
+    write_parquet(tmp_path / "served" / "test-good.parquet")
+    write_parquet(tmp_path / "served" / "test-short.parquet", slice(7))
+    (tmp_path / "served" / "page.parquet").write_text("<html>log in first</html>")
+    with served(tmp_path / "served") as url:
         yield url
 
 
-def test_download(server, tmp_path, monkeypatch, capsys):
+def test_download(server, monkeypatch, capsys):
     monkeypatch.setitem(cifar10.SOURCES, "test", (f"{server}/test-good.parquet",))
     assert cifar10.load().exact
     assert "100%" in capsys.readouterr().err  # the progress bar
@@ -347,39 +341,34 @@ def test_download(server, tmp_path, monkeypatch, capsys):
         ("page.parquet", "the download is not CIFAR-10"),
     ],
 )
-def test_a_bad_source_is_left_for_the_next_one_and_leaves_nothing_behind(server, tmp_path, monkeypatch, first, why):
+def test_a_bad_source_is_left_for_the_next_one(server, cache, monkeypatch, first, why):
     monkeypatch.setitem(cifar10.SOURCES, "test", (f"{server}/{first}",))
-    with pytest.raises(NoData, match=f"{first} .*{why}"):
-        cifar10.load()
-    assert not [file for file in (tmp_path / "cache").rglob("*") if file.is_file() and file.suffix != ".npz"]
-    monkeypatch.setitem(cifar10.SOURCES, "test", (f"{server}/{first}", f"{server}/test-good.parquet"))
+    refuse(f"{first} .*{why}")
+    assert not [file for file in cache.rglob("*") if file.is_file()]
+    good = f"{server}/test-good.parquet"
+    monkeypatch.setitem(cifar10.SOURCES, "test", (f"{server}/{first}", good))
     assert cifar10.load().exact
 
 
-def test_no_server(tmp_path, monkeypatch):
+def test_no_server(monkeypatch):
     monkeypatch.setitem(cifar10.SOURCES, "test", ("http://127.0.0.1:9/x.parquet",))
-    with pytest.raises(NoData, match=r"x.parquet \(connection refused\)"):
-        cifar10.load()
-    with pytest.raises(NoData, match=r"^(?!.*refused)"):
-        cifar10.load(download=False)
+    refuse(r"x.parquet \(connection refused\)")
+    refuse("^(?!.*refused)", download=False)
 
 
-def test_where_no_server_answers_one_time_out_is_enough(tmp_path, monkeypatch):
+def test_one_time_out_is_enough(monkeypatch):
     monkeypatch.setattr(cifar10, "TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        monkeypatch.setitem(cifar10.SOURCES, "test", (f"{url}/first.parquet", f"{url}/second.parquet"))
-        with pytest.raises(NoData, match=r"first.parquet \(timed out\); name its folder"):
-            cifar10.load()
+        monkeypatch.setitem(cifar10.SOURCES, "test", (f"{url}/1.parquet", f"{url}/2.parquet"))
+        refuse(r"1.parquet \(timed out\); name its folder")
+
+
+def test_an_unknown_split():
+    refuse("unknown split 'val': one of test, train", split="val")
 
 
 # Bad input: what, where, and what to do
-
-
-def truncated(path, keep=0.5):
-    content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * keep)])
-    return path
 
 
 class Evil:
@@ -387,99 +376,169 @@ class Evil:
         return (open, ("evil", "w"))
 
 
-def evil_pickle(path):
-    (path / "test_batch").write_bytes(pickle.dumps({b"data": Evil(), b"labels": []}))
+def batch(path, **values):
+    content = {"data": PLANES, "labels": LABELS.tolist()} | values
+    return put(path / "test_batch", pickle.dumps(content)).parent
+
+
+def table(path, img=None, **columns):
+    columns = {"img": [{"bytes": png(IMAGES[0])}] if img is None else img, "label": [0]} | columns
+    parquet.write_table(pyarrow.table(columns), path / "test.parquet")
     return path
 
 
-def object_array(path):
-    (path / "test_batch").write_bytes(pickle.dumps({b"data": np.array([[1, "a"]], dtype=object), b"labels": [0]}))
-    return path
+def half(file):
+    return put(file, file.read_bytes()[: file.stat().st_size // 2])
 
 
-def cut_record(path):
-    truncated(binary_folder(path) / "test_batch.bin", 0.99)
-    return path
+def photograph(path):
+    return put(path / "dogs" / "rex.png", png(np.zeros((48, 64, 3), np.uint8))).parents[1]
 
 
-def cut_pickle(path):
-    truncated(python_folder(path) / "cifar-10-batches-py" / "test_batch")
-    return path
-
-
-def other_archive(path):
-    (path / "readme.txt").write_text("hello")
-    return write_archive(path / "other.tar.gz", path / "readme.txt")
-
-
-def other_parquet(path):
-    parquet.write_table(pyarrow.table({"text": ["a"]}), path / "test.parquet")
-    return path
-
-
-def text_parquet(path):
-    (path / "test.parquet").write_text("no parquet")
-    return path
-
-
-def photographs(path):
-    (path / "dogs").mkdir()
-    Image.new("RGB", (640, 480)).save(path / "dogs" / "rex.jpg")
-    return path
-
-
-def text_image(path):
-    (path / "cat.png").write_text("no image")
-    return path
-
-
-def text_in_parquet(path):
-    parquet.write_table(pyarrow.table({"img": [{"bytes": b"no image"}], "label": [0]}), path / "test.parquet")
-    return path
-
-
-def cut_image(path):
-    (path / "cat.png").write_bytes(png(IMAGES[0]))
-    truncated(path / "cat.png")
-    return path
-
-
-def label_out_of_range(path):
-    write_parquet(path, slice(2), "test.parquet")
-    table = parquet.read_table(path / "test.parquet").set_column(1, "label", pyarrow.array([3, 300]))
-    parquet.write_table(table, path / "test.parquet")
-    return path
-
-
-@pytest.mark.parametrize(
-    ("write", "message"),
-    [
-        (lambda path: path / "gone", "gone: no such file or folder; --data takes a folder or an archive of CIFAR-10"),
-        (lambda path: path, "no CIFAR-10 test images here; looked for test*.parquet, test_batch, test_batch.bin, "
-         "cifar-10-python.tar.gz, cifar-10-binary.tar.gz and folders of PNG or JPEG files"),
-        (lambda path: truncated(python_archive(path)), "cifar-10-python.tar.gz: damaged or truncated archive"),
-        (other_archive, "no test_batch in this archive; it is not the official CIFAR-10"),
-        (evil_pickle, "test_batch: refused: the pickle asks for io.open, and only numpy arrays are admitted"),
-        (object_array, "test_batch: refused: it holds an array of O8, and only arrays of whole numbers are"),
-        (cut_pickle, "test_batch: damaged, truncated or not a batch of CIFAR-10"),
-        (cut_record, "test_batch.bin: 60,845 bytes are no multiple of 3073: damaged or truncated"),
-        (other_parquet, "test.parquet: no columns img (struct with bytes) and label; this is not the layout"),
-        (text_parquet, "test.parquet: damaged or truncated parquet file; copy or download it again"),
-        (photographs, "rex.jpg: 640x480 pixels; the images of CIFAR-10 have 32x32"),
-        (text_image, "cat.png: damaged or no image (of no known format)"),
-        (text_in_parquet, "test.parquet: image 0: damaged or no image (of no known format)"),
-        (cut_image, "cat.png: damaged or no image"),
-        (label_out_of_range, "a label is not between 0 and 255"),
-    ],
-    ids=lambda value: getattr(value, "__name__", None),
+OBJECTS = np.array([[1, "a"]], dtype=object)
+LOOKED = (
+    "no CIFAR-10 test images here; looked for test*.parquet, test_batch, test_batch.bin, "
+    "cifar-10-python.tar.gz, cifar-10-binary.tar.gz and folders of images"
 )
-def test_bad_input(write, message, tmp_path):
-    with pytest.raises((ValueError, NoData)) as error:
-        cifar10.load(write(tmp_path))
-    assert message in str(error.value)
+BAD = [
+    ("gone: no such file or folder; --data takes a folder or an", lambda p: p / "gone"),
+    (LOOKED, lambda p: p),
+    (
+        "a.tgz: damaged or truncated archive; copy or download it",
+        lambda p: half(write_archive(p / "a.tgz", a=records())),
+    ),
+    ("no test_batch in this archive; it is not", lambda p: write_archive(p / "a.tar", a=b"b")),
+    ("test_batch: refused: the pickle asks for io.open, and", lambda p: batch(p, data=Evil())),
+    ("refused: an array of O8, and only arrays of whole", lambda p: batch(p, data=OBJECTS)),
+    ("test_batch: damaged, truncated or not", lambda p: half(batch(p) / "test_batch").parent),
+    ("test_batch: damaged, truncated or not a batch", lambda p: batch(p, labels=[0.5] * 20)),
+    ("test_batch: damaged, truncated or not a batch", lambda p: batch(p, labels=[[0]] * 20)),
+    ("not an integer from 0 to 9", lambda p: batch(p, labels=np.zeros((20, 1), int))),
+    ("not an integer from 0 to 9", lambda p: batch(p, labels=[10] * 20)),
+    (
+        "61,459 bytes are not a multiple of 3073",
+        lambda p: put(p / "test_batch.bin", records()[1:]).parent,
+    ),
+    ("test.parquet: no columns img (struct with bytes) and label", lambda p: table(p, img=[1])),
+    (
+        "test.parquet: damaged or truncated parquet file; copy",
+        lambda p: half(table(p) / "test.parquet"),
+    ),
+    ("test.parquet: row 0: damaged or no image (of no", lambda p: table(p, [{"bytes": b"x"}])),
+    ("not an integer from 0 to 9", lambda p: table(p, label=[300])),
+    ("not an integer from 0 to 9", lambda p: table(p, label=[3.0])),
+    ("not an integer from 0 to 9", lambda p: table(p, label=["3"])),
+    ("rex.png: 64x48 pixels; CIFAR-10's images have 32x32", photograph),
+    ("cat.png: damaged or no image (of no known", lambda p: put(p / "cat.png", b"x").parent),
+    ("cat.png: damaged or no image (", lambda p: half(put(p / "cat.png", png(IMAGES[0]))).parent),
+]
+
+
+@pytest.mark.parametrize(("words", "write"), BAD)
+def test_bad_input_gets_one_line(words, write, tmp_path):
+    refuse(re.escape(words), write(tmp_path))
     assert not (tmp_path / "evil").exists()
 
 
-def test_an_unknown_split():
-    with pytest.raises(ValueError, match="unknown split 'val': one of test, train"):
-        cifar10.load(split="val")
+# Hostile input: memory stays bounded
+
+
+def peak_memory(path):
+    """Return the words of the error that loading gives, and its peak of memory in MiB."""
+    code = (
+        "import resource, sys, pyarrow.parquet, PIL.Image, pooch\n"
+        "from models.data import cifar10\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try:\n    cifar10.load(sys.argv[1])\n"
+        "except (ValueError, OSError) as error:\n    print(error)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)\n"
+    )
+    root = Path(cifar10.__file__).parents[2]
+    command = [sys.executable, "-c", code, str(path)]
+    *words, peak = subprocess.check_output(command, cwd=root, text=True).splitlines()
+    return " ".join(words), float(peak)
+
+
+def many_members(path):
+    with tarfile.open(path / "a.tar.gz", "w:gz", compresslevel=1) as archive:
+        for i in range(2000):
+            archive.addfile(tarfile.TarInfo(str(i)))
+    return path / "a.tar.gz"
+
+
+def long_header(path):
+    member = tarfile.TarInfo("a")
+    member.type, member.size = tarfile.XHDTYPE, 2**26
+    with gzip.open(path / "a.tar.gz", "w", compresslevel=1) as file:
+        file.write(member.tobuf())
+        file.write(bytes(2**26))
+    return path / "a.tar.gz"
+
+
+def huge_cells(path, **options):
+    """A megabyte or less that says in every row that it holds the same 16 MiB."""
+    values = pyarrow.DictionaryArray.from_arrays(
+        pyarrow.array([0] * 500, pyarrow.int32()), pyarrow.array([bytes(2**24)])
+    )
+    img = pyarrow.StructArray.from_arrays([values], ["bytes"])
+    columns = pyarrow.table({"img": img, "label": [0] * 500})
+    parquet.write_table(columns, path / "test.parquet", store_schema=False, **options)
+    return path / "test.parquet"
+
+
+def modest_footer(path):
+    """The same with a footer that says that each column holds a thousand bytes."""
+
+    def varint(number, length):  # of a signed number, padded to a length
+        bits = [2 * number >> 7 * i & 127 for i in range(length)]
+        return bytes([*(part | 128 for part in bits[:-1]), bits[-1]])
+
+    file = huge_cells(path)
+    group = parquet.read_metadata(file).row_group(0)
+    content = file.read_bytes()
+    for size in (group.total_byte_size, group.column(0).total_uncompressed_size):
+        assert content.count(varint(size, 4))
+        content = content.replace(varint(size, 4), varint(1000, 4))
+    put(file, content)
+    assert parquet.read_metadata(file).row_group(0).total_byte_size == 1000
+    return file
+
+
+def tar(path, content):
+    return write_archive(path / "a.tar.gz", test_batch=content)
+
+
+HOSTILE = {
+    "lists": ("more than 100,000 parts", lambda p: tar(p, b"\x80\x02" + b"]" * 30_000_000 + b".")),
+    "sets": ("more than 100,000 parts", lambda p: tar(p, b"\x80\x04(" + b"\x8f" * 9_000_000)),
+    "memo": ("more than 100,000 parts", lambda p: tar(p, b"\x80\x02}r" + b"\xff\xff\xff\x07.")),
+    "text memo": ("more than 100,000 parts", lambda p: tar(p, b"}p99999999\n.")),
+    "huge string": (
+        "damaged, truncated or not",
+        lambda p: tar(p, b"\x80\x04\x8e" + bytes(7) + b"\x0fa."),
+    ),
+    "large member": ("far larger than a batch", lambda p: tar(p, bytes(2**26))),
+    "many members": ("far larger than the official", many_members),
+    "long header": ("damaged or truncated", long_header),
+    "huge cells": ("row 0: damaged or no image (more than", huge_cells),
+    "modest footer": ("row 0: damaged or no image (more than", modest_footer),
+    "zstd": ("packed with ZSTD; write it with Snappy", partial(huge_cells, compression="zstd")),
+}
+
+
+@pytest.mark.parametrize(("words", "write"), HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_file_costs_little_memory(words, write, tmp_path):
+    file = write(tmp_path)
+    said, peak = peak_memory(file)
+    assert words in said
+    assert peak < 4 * file.stat().st_size / 2**20 + 300
+
+
+def test_more_images_than_cifar10_has(tmp_path):
+    content = (b"\0" + PLANES[:1].tobytes()) * 10_001
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for i in range(1, 6):
+            member = tarfile.TarInfo(f"data_batch_{i}.bin")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    refuse("a.tar: far larger than CIFAR-10", tmp_path / "a.tar", "train")

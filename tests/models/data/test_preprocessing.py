@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 import torch
 
-from models.data.preprocessing import PRESETS, augment, mean_image, per_pixel, random_crop
+from models.data.preprocessing import (
+    PRESETS,
+    Preprocessing,
+    augment,
+    mean_image,
+    parse_normalize,
+    per_pixel,
+    random_crop,
+)
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)
 
@@ -16,7 +24,9 @@ def test_presets_are_the_formula(preset):
     np.testing.assert_allclose(x.permute(0, 2, 3, 1), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("preset", [*PRESETS.values(), per_pixel(mean_image(IMAGES))], ids=[*PRESETS, "per-pixel"])
+@pytest.mark.parametrize(
+    "preset", [*PRESETS.values(), per_pixel(mean_image(IMAGES))], ids=[*PRESETS, "per-pixel"]
+)
 def test_images_in_other_units_and_left_as_they_are(preset):
     x = torch.from_numpy(IMAGES).permute(0, 3, 1, 2).float() / 255
     before = x.clone()
@@ -27,7 +37,9 @@ def test_images_in_other_units_and_left_as_they_are(preset):
 def test_per_pixel_subtracts_the_mean_image():
     x = per_pixel(mean_image(IMAGES))(IMAGES)
     assert x.mean(0).abs().max() < 1e-6
-    np.testing.assert_allclose(x[3, 1], IMAGES[3, :, :, 1] / 255 - IMAGES[..., 1].mean(0) / 255, atol=1e-6)
+    np.testing.assert_allclose(
+        x[3, 1], IMAGES[3, :, :, 1] / 255 - IMAGES[..., 1].mean(0) / 255, atol=1e-6
+    )
 
 
 def crops(x):
@@ -57,3 +69,28 @@ def test_black_padding_is_black_and_zero_padding_is_zero():
         assert any(corner == value)
         assert set(corner.tolist()) == {value, float(preset(white[:1])[0, 0, 0, 0])}
     assert torch.equal(augment(white, preset, "none", torch.Generator()), preset(white))
+
+
+def test_a_normalisation_of_ones_own():
+    own = parse_normalize("0.5,0.4,0.3/0.25,0.2,.1")
+    white = np.full((1, 32, 32, 3), 255, np.uint8)
+    assert own.name == "0.5,0.4,0.3/0.25,0.2,.1"
+    np.testing.assert_allclose(own(white)[0, :, 3, 5], [2, 3, 7], rtol=1e-6)
+    assert parse_normalize("imagenet") is PRESETS["imagenet"]
+    assert [parse_normalize(word) for word in ("auto", "per-pixel")] == ["auto", "per-pixel"]
+
+
+NUMBERS = ["0,0,0/1,1,0", "0,0,0/1,1,-1", "0,0,nan/1,1,1", "0,0,0/1,inf,1", "1e99,0,0/1,1,1"]
+
+
+@pytest.mark.parametrize("text", ["", "image-net", "0.5/0.5", "0,0,0", "0,0,0,0/1,1,1,1", *NUMBERS])
+def test_other_words_are_answered_with_what_is_allowed(text):
+    with pytest.raises(
+        ValueError, match=r"unknown normalisation .*: one of auto, imagenet, .*0.25$"
+    ):
+        parse_normalize(text)
+
+
+def test_a_complex_mean_is_refused():
+    with pytest.raises(ValueError, match="not finite and real"):
+        Preprocessing("x", torch.full((3, 1, 1), 1j), torch.ones(3, 1, 1))

@@ -1,0 +1,1 @@
+"""Recorder as a callback of other packages' trainers; import the module of the one you use."""

@@ -1,0 +1,202 @@
+"""Record the responses of a network while it trains, in anybody's training loop.
+
+recorder = Recorder(model, every=100)
+for step, (images, labels) in enumerate(loader, start=1):
+    train(images, labels)
+    run.log(recorder.record(step))  # any logger that takes a dict of numbers
+recorder.save("dynamics.csv")
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import reduce
+from itertools import chain
+from operator import index
+from pathlib import Path
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import distributed, nn
+
+from analysis.measuring.batches import device_of
+from analysis.measuring.frame import make_frame
+from analysis.measuring.measurement import Measurement, measuring, name_of, network_in, unwrapped
+from analysis.measuring.pairs import is_norm
+from models.batchnorm import closed_form
+from models.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LISTED = 80  # characters of names in a message
+
+
+class Recorder:
+    """Record the std of every layer's response at chosen steps of a training.
+
+    Without `images` a record is the closed form (see models.batchnorm): no forward pass, and one
+    transfer from a GPU. Recording leaves weights, buffers, training flags and random numbers as
+    they were, and no hook stays in the network: the losses are the same to the last bit.
+
+    With torch.distributed, create the recorder and call `record` on every rank. Rank 0 returns the
+    numbers, the other ranks return {}. With `images`, the ranks' images are merged.
+
+    model: the network that is trained. A wrapper (DistributedDataParallel, torch.compile) is left
+        out of the names.
+    every: steps from one record to the next.
+    images: a fixed batch, normalised as for training: a tensor (N, C, H, W), (images, labels), or a
+        dict of tensors. The network runs on it in evaluation mode, measured by hooks. Without
+        images, the numbers hold for the data whose statistics BN recorded.
+    layers: patterns such as "layer3.*" for the names of the convolutions to record; None for all.
+    network: the label in the frame and the figure; by default resnet-20 or the class of the model.
+    kernel_size: of the convolutions to record.
+
+    Raises ValueError if there is nothing to record: no BN, no such convolution before a BN, or no
+    layer that matches a pattern.
+
+    >>> from models import build
+    >>> recorder = Recorder(build("resnet-8"), every=10, layers="layer1.*")
+    >>> recorder.record(5)
+    {}
+    >>> list(recorder.record(10))
+    ['response_std/layer1.0.conv1', 'response_std/layer1.0.conv2', 'response_std/mean']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        every: int = 100,
+        *,
+        images: Any = None,
+        layers: str | Sequence[str] | None = None,
+        network: str | None = None,
+        kernel_size: tuple[int, int] = (3, 3),
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every={every}: the number of steps between records is 1 or more")
+        self.model, self.every, self.images = unwrapped(model), every, images
+        self.layers = [layers] if isinstance(layers, str) else layers
+        self.network = network or name_of(model)
+        self.kernel_size = kernel_size
+        self.records: dict[int, pd.DataFrame] = {}  # by step, in ascending order
+        self.attrs: dict[Any, Any] = {}  # what the last record says of its pairs, for the frame
+        if not any(is_norm(module) for module in self.model.modules()):
+            raise ValueError(
+                f"{self.network} has no BN, so it has no response to record; "
+                "analysis.measure_branches(model, batches) measures residual additions instead"
+            )
+        if images is None:
+            self._compute()  # raises now, not at the first record
+        if self.attrs.get("ambiguous"):
+            pairs = shorten(", ".join(self.attrs["ambiguous"]), LISTED)
+            warnings.warn(
+                f"{self.network}: names and order of the modules disagree on which BN follows which "
+                f"convolution ({pairs}); images= tells by a forward pass",
+                stacklevel=2,
+            )
+
+    def record(self, step: int) -> dict[str, float]:
+        """Record the responses if `step` is a multiple of `every`.
+
+        Returns `response_std/NAME` for each convolution NAME (`NAME:2` for its second call in one
+        forward pass) and `response_std/mean` over them, or {} at other steps and if `step` was the
+        last to be recorded. If the step is before the last one, the training went back to it: later
+        records are dropped.
+        """
+        step = index(step)
+        if step % self.every or step == next(reversed(self.records), None):
+            return {}
+        rank, _ = ranks()
+        if rank and self.images is None:
+            return {}
+        frame = self._compute() if self.images is None else self._measure()
+        earlier = {past: kept for past, kept in self.records.items() if past < step}
+        self.records = earlier | {step: frame}
+        return {} if rank else as_values(frame)
+
+    def frame(self) -> pd.DataFrame:
+        """Return one row a layer and step: `step`, then the columns of analysis.measuring.frame."""
+        if not self.records:
+            raise ValueError(f"nothing recorded yet: no step was a multiple of {self.every}")
+        frame = pd.concat(self.records, names=["step"]).reset_index("step").reset_index(drop=True)
+        frame.attrs = dict(self.attrs)
+        return frame
+
+    def plot(self) -> Figure:
+        """Draw the std of every layer at every recorded step, and the mean over layers below it."""
+        from plots import draw_dynamics
+
+        return draw_dynamics(self.frame().rename(columns={"step": "iteration"}))
+
+    def save(self, path: str | Path) -> None:
+        """Write the frame as a CSV file, whole or not at all; ranks other than 0 write nothing."""
+        if ranks()[0]:
+            return
+        with replacing(path) as temporary:
+            self.frame().to_csv(temporary, index=False, lineterminator="\n")
+
+    def _compute(self) -> pd.DataFrame:
+        """Return the frame by the closed form."""
+        rows = closed_form(self.model, self.kernel_size)
+        kind, depth = network_in(self.model)
+        frame = make_frame(rows, network=self.network, kind=kind, depth=depth, source="batchnorm")
+        frame.attrs = rows.attrs
+        return self._select(frame)
+
+    def _measure(self) -> pd.DataFrame:
+        """Return the frame measured on the images, those of all ranks together."""
+        with undisturbed(self.model), measuring(self.model, kernel_size=self.kernel_size) as by:
+            by.add(self.images)
+        return self._select(merge_ranks(by.result()).to_frame(self.network))
+
+    def _select(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Return the rows whose names match a pattern, and keep the attrs."""
+        self.attrs, frame.attrs = frame.attrs, {}
+        if self.layers is None:
+            return frame
+        matching = [fnmatch.filter(frame["name"], pattern) for pattern in self.layers]
+        if [] in matching:
+            pattern = self.layers[matching.index([])]
+            names = shorten(", ".join(frame["name"]), LISTED)
+            raise ValueError(f"layers: {pattern!r} matches none of {self.network}'s: {names}")
+        return frame[frame["name"].isin(chain(*matching))].reset_index(drop=True)
+
+
+def as_values(frame: pd.DataFrame) -> dict[str, float]:
+    """Return the std of each layer by name, and their mean, as a logger takes them."""
+    calls = frame.groupby("name").cumcount() + 1
+    names = frame["name"] + calls.map(lambda call: f":{call}" if call > 1 else "")
+    stds = [*frame["std"].tolist(), float(frame["std"].mean())]
+    return {f"response_std/{name}": std for name, std in zip([*names, "mean"], stds, strict=True)}
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Keep a forward pass from changing random numbers or the choice of cuDNN's algorithms."""
+    device = device_of(model)
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        cudnn: Any = torch.backends.cudnn
+        stack.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
+        cudnn.benchmark = False
+        yield
+
+
+def ranks() -> tuple[int, int]:
+    """Return the number of this process in torch.distributed's group, and how many there are."""
+    joined = distributed.is_available() and distributed.is_initialized()
+    return (distributed.get_rank(), distributed.get_world_size()) if joined else (0, 1)
+
+
+def merge_ranks(result: Measurement) -> Measurement:
+    """Return what all ranks measured; every rank must call this."""
+    results = [result] * ranks()[1]
+    if len(results) > 1:
+        distributed.all_gather_object(results, result)
+    return reduce(Measurement.merge, results)
