@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -259,7 +260,7 @@ def assert_same_run(one, other):
     ]
     assert files[0] == files[1] != []
     for file in files[0]:
-        states = [loading.load(run / file).state for run in (one, other)]
+        states = [load_file(run / file) for run in (one, other)]
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
