@@ -107,9 +107,7 @@ def draw_fig7(
                 scale_std(each, lines, scale, ylim)
         name_sides(panels, apart)
         overlaid = len(theirs) > 0 and not apart
-        add_legend(figure, panels[0], looks, explain(frame, looks, overlaid, seeds))
-        if title:
-            figure.suptitle(title)
+        add_legend(figure, panels[0], looks, explain(frame, looks, overlaid, seeds), title)
         note_computed(figure, frame["network"], frame["source"])
         if note:
             write_note(figure, note)

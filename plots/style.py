@@ -52,7 +52,7 @@ RC: Any = {  # on top of matplotlib's defaults, for drawing and for saving
     "axes.linewidth": 0.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "figure.titlesize": 9,
+    "legend.title_fontsize": 9,
     "figure.labelsize": 8,
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
@@ -221,20 +221,24 @@ def make_panels(
     return cast(Figure, panels[0].figure), panels
 
 
-def add_legend(figure: Figure, panel: Axes, looks: Looks, others: Sequence[Any] = ()) -> None:
+def add_legend(
+    figure: Figure, panel: Axes, looks: Looks, others: Sequence[Any] = (), title: str | None = None
+) -> None:
     """Put one legend above all panels of a figure; in a caller's figure, into the first panel.
 
     looks: line properties by network. others: handles of what else there is to explain.
+    title: a text above it.
     """
     handles = [Line2D([], [], **look) for look in looks.values()] + list(others)
     if not isinstance(figure, Drawing):
-        panel.legend(handles=handles)
+        panel.legend(handles=handles, title=title)
         return
     figure.looks = looks
     widest = max(len(handle.get_label()) for handle in handles)
     fitting = int(72 * figure.get_figwidth() / (32 + 3.2 * widest))  # a line and its label
     rows = -(-len(handles) // max(1, min(5, fitting)))
-    figure.legend(handles=handles, loc="outside upper center", ncols=-(-len(handles) // rows))
+    place: Style = {"loc": "outside upper center", "ncols": -(-len(handles) // rows)}
+    figure.legend(handles=handles, title=title, **place)
 
 
 def shared_top(tops: Sequence[float]) -> float:

@@ -23,7 +23,10 @@ def test_two_panels_with_the_papers_words_and_one_legend():
     words = ["layer index (original)", "layer index (sorted by magnitude)"]
     assert [panel.get_xlabel() for panel in figure.axes] == words
     assert [panel.get_ylabel() for panel in figure.axes] == ["std", "std"]
-    assert (figure.get_suptitle(), figure.get_supxlabel()) == ("A title", "A note")
+    assert (figure.legends[0].get_title().get_text(), figure.get_supxlabel()) == (
+        "A title",
+        "A note",
+    )
     assert len(figure.legends) == 1
     assert legend(figure) == LABELS
 
