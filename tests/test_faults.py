@@ -73,7 +73,6 @@ COMPARED = (COMPARE, "a.safetensors", "b.safetensors", "--source", "batchnorm", 
 START = multiprocessing.get_context("forkserver")
 PRELOADED = (
     "torch._dynamo",
-    "seaborn",
     "plots.fig7",
     "plots.compare",
     "plots.decomposition",
@@ -631,7 +630,7 @@ IMPORTS = {  # words of the real commands, and modules at whose import it comes
     ),
     COMPARE: (
         "a.safetensors b.safetensors --source batchnorm",
-        "torch torch.nn.modules.conv pandas seaborn",
+        "torch torch.nn.modules.conv pandas matplotlib.figure",
     ),
     "analysis.dynamics": ("nowhere", "analysis.cli.outputs torch torch.nn.modules.conv pandas"),
     "analysis.benchmark": (
