@@ -190,9 +190,7 @@ def test_no_averaged_copy(network, tmp_path):
 def test_two_networks_in_one_file(network, other, tmp_path):
     both = prefixed("student.", network.state_dict()) | prefixed("teacher.", other.state_dict())
     save_file(both, tmp_path / "a.safetensors")
-    message = (
-        "a.safetensors: it holds 2 networks: student., teacher.; --weights NAME chooses one"
-    )
+    message = "a.safetensors: it holds 2 networks: student., teacher.; --weights NAME chooses one"
     with pytest.raises(ValueError, match=re.escape(message)):
         read(tmp_path / "a.safetensors")
 
@@ -212,7 +210,9 @@ def test_two_copies_of_another_network_in_one_file(tmp_path):
         assert all(torch.equal(state[name], copy[name]) for name in copy)
     streams = prefixed("rgb.", plain.state_dict()) | prefixed("schema.", average.state_dict())
     torch.save(streams, tmp_path / "b.pt")
-    assert read(tmp_path / "b.pt").tensors.keys() == streams.keys()  # no EMA: two parts of one network
+    assert (
+        read(tmp_path / "b.pt").tensors.keys() == streams.keys()
+    )  # no EMA: two parts of one network
 
 
 def test_a_pruned_network(network, tmp_path):
