@@ -238,6 +238,7 @@ class Pairs:
             if (name := convolution_of(key, self.state[key])) is not None:
                 self.convs[name] = self.state[key]
                 self.place[name] = len(self.place)
+                self.children.setdefault(name.rpartition(".")[0], []).append(name)
             elif leaf == "running_var":
                 self.norms.append(module)
                 self.place[module] = len(self.place)
@@ -289,7 +290,10 @@ class Pairs:
         assert name is not None
         if group(norm) in contrary:
             return name, f"BNs called like {norm} do not follow their convolutions in other blocks"
-        between = pending[pending.index(name) + 1 :] if name in pending and not self.sorted else []
+        between = pending[pending.index(name) + 1 :] if name in pending else []
+        if self.sorted:  # any of the BN's module may come between
+            home = norm.rpartition(".")[0]
+            between = [conv for conv in self.children.get(home, []) if conv != name]
         if extra := [conv for conv in between if conv not in owned]:
             return name, f"{extra[0]} stands between it and {norm}"
         if ordered is not None and ordered != name:
@@ -301,11 +305,12 @@ class Pairs:
 
         So it is in networks of pre-activation whose blocks register the convolution first.
         """
-        if not orphans or not self.convs or orphans[-1] != self.norms[-1]:
+        if not orphans or not self.convs or next(iter(self.convs)) in self.certain:
             return
-        first, last = next(iter(self.convs)), list(self.convs)[-1]
+        end = self.place[orphans[-1]]
+        before = [conv for conv in self.convs if self.sorted or self.place[conv] < end]
         channels = len(self.state[f"{orphans[-1]}.running_var"])
-        if first in self.certain or len(self.convs[last]) != channels:
+        if not before or len(self.convs[before[-1]]) != channels:
             return
         for name, norm in list(self.certain.items()):
             if self.named[norm][0] == name:

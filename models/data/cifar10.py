@@ -38,7 +38,9 @@ DIGESTS = {
 }
 
 ARCHIVE = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"  # 163 MB
-HUB_TEST = "https://huggingface.co/datasets/uoft-cs/cifar10/resolve/main/plain_text/test-00000-of-00001.parquet"  # 23 MB
+HUB_TEST = (
+    "https://huggingface.co/datasets/uoft-cs/cifar10/resolve/main/plain_text/test-00000-of-00001.parquet"  # 23 MB
+)
 SOURCES = {"test": (HUB_TEST, ARCHIVE), "train": (ARCHIVE,)}
 TIMEOUT = 5  # seconds to wait for a server's answer
 
@@ -95,7 +97,8 @@ class Cifar10(Images):
         return self.digest == DIGESTS[self.split]
 
     def describe(self) -> str:
-        """One line: how many images, whether they are complete and exact, which layout and where."""
+        """One line: how many images, whether they are complete and exact, which layout and where.
+        """
         size = SIZES[self.split]
         if self.exact:
             state = "complete and exact"
@@ -146,9 +149,7 @@ def load(path: str | Path | None = None, split: str = "test", download: bool = T
                 tried.append(f"{source} ({reason(error)})")
                 if reason(error) == "timed out":  # so would the next one: the way out is closed
                     break
-    raise NoData(
-        f"no CIFAR-10 {split} images found: tried {', '.join(tried)}; name its folder or archive with --data"
-    )
+    raise NoData(f"no CIFAR-10 {split} images found: tried {', '.join(tried)}; name its folder or archive with --data")
 
 
 def cache_folder() -> Path:
@@ -170,11 +171,7 @@ def fetch(url: str, split: str) -> Cifar10:
     name = url.rsplit("/", 1)[1]
     downloader = pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT)
     try:
-        file = Path(
-            pooch.retrieve(
-                url, known_hash=None, fname=name, path=cache_folder(), downloader=downloader
-            )
-        )
+        file = Path(pooch.retrieve(url, known_hash=None, fname=name, path=cache_folder(), downloader=downloader))
     except ValueError as error:  # not an http address
         raise OSError(str(error)) from error
     try:
@@ -190,9 +187,7 @@ def fetch(url: str, split: str) -> Cifar10:
 
 def reason(error: OSError) -> str:
     """A network error in a few words: requests nests the cause in repr()s of connection pools."""
-    causes = re.findall(
-        r"(?:Failed to resolve|Connection refused|timed out|Network is unreachable)", str(error)
-    )
+    causes = re.findall(r"(?:Failed to resolve|Connection refused|timed out|Network is unreachable)", str(error))
     return causes[-1].lower() if causes else " ".join(str(error).split())[:200]
 
 
@@ -202,24 +197,14 @@ def read(path: Path, split: str) -> Cifar10:
     Raises NoData where the path holds no CIFAR-10, ValueError where a file of it is damaged.
     """
     if not path.exists():
-        raise NoData(
-            f"{path}: no such file or folder; --data takes a folder or an archive of CIFAR-10"
-        )
+        raise NoData(f"{path}: no such file or folder; --data takes a folder or an archive of CIFAR-10")
     for layout, find, decode in LAYOUTS:
         files = find(path, split)
         if files:
             images, labels = cached(path, split, files, decode)
             if not len(images):
                 raise NoData(f"{path}: {layout} without a single image")
-            return Cifar10(
-                images,
-                labels,
-                split,
-                path,
-                layout,
-                missing_files(files, split),
-                digest(images, labels),
-            )
+            return Cifar10(images, labels, split, path, layout, missing_files(files, split), digest(images, labels))
     raise NoData(
         f"{path}: no CIFAR-10 {split} images here; looked for {split}*.parquet, {BATCHES[split][0]}, "
         f"{BATCHES[split][0]}.bin, cifar-10-python.tar.gz, cifar-10-binary.tar.gz and folders of PNG or JPEG files"
@@ -233,8 +218,7 @@ def digest(images: np.ndarray, labels: np.ndarray | None) -> str:
     if labels is None:
         labels = np.full(len(images), 255)
     singles = sorted(
-        hashlib.sha256(bytes([label]) + image.tobytes()).digest()
-        for image, label in zip(images, labels, strict=True)
+        hashlib.sha256(bytes([label]) + image.tobytes()).digest() for image, label in zip(images, labels, strict=True)
     )
     return hashlib.sha256(b"".join(singles)).hexdigest()
 

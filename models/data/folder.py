@@ -30,15 +30,7 @@ from PIL.Image import open as open_image
 
 RESIZE, CROP = 256, 224  # pixels: of the shorter side; of both sides
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-FORMATS = (
-    "PNG",
-    "JPEG",
-    "WEBP",
-    "BMP",
-    "GIF",
-    "TIFF",
-    "PPM",
-)  # of Pillow's others, some call programs
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # of Pillow's others, some call programs
 LARGEST = 256 * 2**20  # bytes of a file
 AHEAD = 2  # batches decoded before they are needed
 
@@ -61,12 +53,8 @@ class ImageFolder:
         """
         path = Path(path)
         if not path.is_dir():
-            raise ValueError(
-                f"{path}: no such folder; --data takes a folder of images for a network of 224x224 input"
-            )
-        files = sorted(
-            file for pattern in ("*", "*/*") for file in path.glob(pattern) if is_image(file)
-        )
+            raise ValueError(f"{path}: no such folder; --data takes a folder of images for a network of 224x224 input")
+        files = sorted(file for pattern in ("*", "*/*") for file in path.glob(pattern) if is_image(file))
         if not files:
             raise ValueError(
                 f"{path}: no images here; looked for {', '.join(SUFFIXES)} files, flat and in class folders"
@@ -94,7 +82,9 @@ class ImageFolder:
     def describe(self) -> str:
         """One line: how many images, and where."""
         kind = f"in {self.classes:,} class folders" if self.classes else "without labels"
-        return f"{len(self.files):,} images {kind} ({self.path}), shorter side to {RESIZE}, central {CROP}x{CROP} pixels"
+        return (
+            f"{len(self.files):,} images {kind} ({self.path}), shorter side to {RESIZE}, central {CROP}x{CROP} pixels"
+        )
 
     def provenance(self) -> dict[str, Any]:
         """Where the images that were read come from, as JSON can hold it."""
@@ -126,15 +116,10 @@ class ImageFolder:
                 for start in range(-AHEAD * size, len(files), size):
                     ahead = start + AHEAD * size
                     if ahead in starts:
-                        waiting.append(
-                            [pool.submit(self.decode, file) for file in files[ahead : ahead + size]]
-                        )
+                        waiting.append([pool.submit(self.decode, file) for file in files[ahead : ahead + size]])
                     if start >= 0:
                         images = np.stack([future.result() for future in waiting.popleft()])
-                        yield (
-                            images,
-                            None if labels is None else labels[start : start + len(images)],
-                        )
+                        yield images, None if labels is None else labels[start : start + len(images)]
             finally:  # an error, or a reader that has enough, does not wait for the rest
                 pool.shutdown(wait=False, cancel_futures=True)
 
@@ -147,9 +132,7 @@ class ImageFolder:
             with open_image(BytesIO(content), formats=FORMATS) as image:
                 pixels, limit = image.width * image.height, MAX_IMAGE_PIXELS
                 if limit and pixels > limit:
-                    raise ValueError(
-                        f"Image size ({pixels} pixels) exceeds limit of {limit} pixels"
-                    )
+                    raise ValueError(f"Image size ({pixels} pixels) exceeds limit of {limit} pixels")
                 cropped = crop(image)
         except FileNotFoundError:  # it vanished, and is not damaged
             raise
@@ -177,21 +160,14 @@ def crop(image: Image) -> np.ndarray:
     width, height = image.size
     side = min(width, height) * CROP / RESIZE
     left, top = (width - side) / 2, (height - side) / 2
-    box = (
-        left,
-        top,
-        left + side,
-        top + side,
-    )  # in one step: a narrow image grows to no gigabytes on the way
+    box = (left, top, left + side, top + side)  # in one step: a narrow image grows to no gigabytes on the way
     return np.asarray(as_rgb(image).resize((CROP, CROP), Resampling.BILINEAR, box=box))
 
 
 def as_rgb(image: Image) -> Image:
     """8 bits a channel, whatever the image has: 16 bits are scaled, transparency is left out."""
     if image.mode in ("I;16", "I;16B", "I"):  # Pillow clips 16 bits to 8 instead of scaling them
-        image = fromarray(
-            (np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8)
-        )
+        image = fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
     if "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")

@@ -21,10 +21,7 @@ import numpy as np
 from models.data.pickles import Array, Refused, read_pickle
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-BATCHES = {
-    "test": ("test_batch",),
-    "train": tuple(f"data_batch_{i}" for i in range(1, 6)),
-}  # official versions
+BATCHES = {"test": ("test_batch",), "train": tuple(f"data_batch_{i}" for i in range(1, 6))}  # official versions
 SHAPE = (32, 32, 3)  # H, W, C
 PIXELS = 32 * 32 * 3  # bytes of an image
 ROWS = 50_000  # images in the larger split: more are in no file of it
@@ -50,10 +47,7 @@ class WrongSize(OtherData):
 def find_parquet(path: Path, split: str) -> list[Path]:
     if path.is_file():
         return [path] if path.suffix == ".parquet" else []
-    found = (
-        [file for file in path.glob(f"{place}{split}*.parquet") if file.is_file()]
-        for place in ("", "*/")
-    )
+    found = ([file for file in path.glob(f"{place}{split}*.parquet") if file.is_file()] for place in ("", "*/"))
     return sorted(next(found)) or sorted(next(found))
 
 
@@ -87,9 +81,7 @@ def parse_parquet(file: Path) -> Iterator[tuple[int, list[bytes], np.ndarray]]:
     except (ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # it could not be opened
             raise
-        raise ValueError(
-            f"{file}: damaged or truncated parquet file; copy or download it again"
-        ) from error
+        raise ValueError(f"{file}: damaged or truncated parquet file; copy or download it again") from error
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
@@ -105,15 +97,11 @@ def read_parquet(file: Path) -> Iterator[tuple[list[Any], list[Any]]]:
     with parquet.ParquetFile(file) as table:
         column = "img" if "img" in table.schema_arrow.names else "image"
         groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
-        if table.metadata.num_rows > ROWS or any(
-            group.total_byte_size > 4 * LARGEST for group in groups
-        ):
+        if table.metadata.num_rows > ROWS or any(group.total_byte_size > 4 * LARGEST for group in groups):
             raise OtherData(f"{file}: far larger than CIFAR-10")
         for i, group in enumerate(groups):
             size = max(1, LARGEST // max(1, group.total_byte_size))
-            for rows in table.iter_batches(
-                size, row_groups=[i], columns=[f"{column}.bytes", "label"]
-            ):
+            for rows in table.iter_batches(size, row_groups=[i], columns=[f"{column}.bytes", "label"]):
                 yield rows[column].to_pylist(), rows["label"].to_pylist()
 
 
@@ -128,9 +116,7 @@ def find_binary(path: Path, split: str) -> list[Path]:
 def find_batches(path: Path, folder: str, names: Iterable[str]) -> list[Path]:
     """The official files of a split, in `path` or in the official folder there."""
     names = list(names)
-    return [
-        file for base in (path, path / folder) for name in names if (file := base / name).is_file()
-    ][: len(names)]
+    return [file for base in (path, path / folder) for name in names if (file := base / name).is_file()][: len(names)]
 
 
 def decode_python(files: list[Path], split: str) -> Decoded:
@@ -149,11 +135,7 @@ def read_bytes(file: Path) -> bytes:
 
 def find_archive(path: Path, split: str) -> list[Path]:
     if path.is_dir():
-        return [
-            file
-            for name in ("python", "binary")
-            if (file := path / f"cifar-10-{name}.tar.gz").is_file()
-        ][:1]
+        return [file for name in ("python", "binary") if (file := path / f"cifar-10-{name}.tar.gz").is_file()][:1]
     return [path] if path.name.endswith((".tar.gz", ".tgz", ".tar")) else []
 
 
@@ -169,22 +151,16 @@ def decode_archive(files: list[Path], split: str) -> Decoded:
                 name = Path(member.name).name
                 if member.isfile() and name in parsers:
                     if member.size > LARGEST:
-                        raise ValueError(
-                            f"{file}: {member.name} is far larger than a batch of CIFAR-10"
-                        )
+                        raise ValueError(f"{file}: {member.name} is far larger than a batch of CIFAR-10")
                     batch = archive.extractfile(member)
                     assert batch is not None  # a regular file has content
                     batches[name] = parsers[name](batch.read(), f"{file}: {member.name}")
     except FileNotFoundError:  # it vanished, and is not damaged
         raise
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise ValueError(
-            f"{file}: damaged or truncated archive; copy or download it again"
-        ) from error
+        raise ValueError(f"{file}: damaged or truncated archive; copy or download it again") from error
     if not batches:
-        raise NoData(
-            f"{file}: no {BATCHES[split][0]} in this archive; it is not the official CIFAR-10"
-        )
+        raise NoData(f"{file}: no {BATCHES[split][0]} in this archive; it is not the official CIFAR-10")
     return join(batches[name] for name in sorted(batches))
 
 
@@ -218,11 +194,7 @@ def find_folders(path: Path, split: str) -> list[Path]:
     if not folder.is_dir():
         return []
     files = [file for pattern in ("*", "*/*") for file in folder.glob(pattern)]
-    return sorted(
-        file
-        for file in files
-        if file.suffix.lower() in (".png", ".jpg", ".jpeg") and file.is_file()
-    )
+    return sorted(file for file in files if file.suffix.lower() in (".png", ".jpg", ".jpeg") and file.is_file())
 
 
 def decode_folders(files: list[Path], split: str) -> Decoded:
@@ -272,9 +244,7 @@ def decode_images(files: Iterator[tuple[str, Any]], count: int) -> np.ndarray:
             with Image.open(file, formats=("PNG", "JPEG")) as image:  # others may call programs
                 if image.size != (32, 32):
                     width, height = image.size
-                    raise WrongSize(
-                        f"{name}: {width}x{height} pixels; the images of CIFAR-10 have 32x32"
-                    )
+                    raise WrongSize(f"{name}: {width}x{height} pixels; the images of CIFAR-10 have 32x32")
                 images[i] = np.asarray(as_rgb(image))
         except FileNotFoundError as error:  # vanished, not damaged
             error.filename = name  # Pillow 10 gives its absolute path
@@ -289,9 +259,7 @@ def decode_images(files: Iterator[tuple[str, Any]], count: int) -> np.ndarray:
 def parse_binary(content: bytes, name: str) -> Decoded:
     """Records of a label byte and 3072 bytes (C, H, W)."""
     if len(content) % (1 + PIXELS):
-        raise ValueError(
-            f"{name}: {len(content):,} bytes are no multiple of {1 + PIXELS}: damaged or truncated"
-        )
+        raise ValueError(f"{name}: {len(content):,} bytes are no multiple of {1 + PIXELS}: damaged or truncated")
     records = np.frombuffer(content, np.uint8).reshape(-1, 1 + PIXELS)
     return chw_to_hwc(records[:, 1:]), as_labels(records[:, 0])
 
@@ -302,9 +270,7 @@ def parse_python(content: bytes, name: str) -> Decoded:
     """
     try:
         batch = read_pickle(content)
-        batch = {
-            key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()
-        }
+        batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
         data, labels = batch["data"].values, batch["labels"]
         if not isinstance(labels, Array) and not {type(label) for label in labels} <= {int}:
             raise ValueError("its labels are no numbers")
@@ -314,9 +280,7 @@ def parse_python(content: bytes, name: str) -> Decoded:
     except Refused as error:
         raise ValueError(f"{name}: refused: {error}") from error
     except Exception as error:  # a damaged pickle raises anything
-        raise ValueError(
-            f"{name}: damaged, truncated or not a batch of CIFAR-10 ({error})"
-        ) from error
+        raise ValueError(f"{name}: damaged, truncated or not a batch of CIFAR-10 ({error})") from error
     return chw_to_hwc(data), labels
 
 

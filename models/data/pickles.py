@@ -61,9 +61,7 @@ class Number:
     def __init__(self, code: bytes | str, *options: Any) -> None:
         self.code = code.decode() if isinstance(code, bytes) else str(code)
         if not re.fullmatch("[iu][1248]", self.code):
-            raise Refused(
-                f"it holds an array of {self.code}, and only arrays of whole numbers are admitted"
-            )
+            raise Refused(f"it holds an array of {self.code}, and only arrays of whole numbers are admitted")
         self.order = "|"
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:

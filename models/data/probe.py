@@ -51,10 +51,7 @@ class Probe(Images):
         that were tried.
         """
         networks = self.card["networks"].values()
-        ours, other = (
-            100 * max(n["mean"] for n in networks if n["made_with"] is made)
-            for made in (True, False)
-        )
+        ours, other = (100 * max(n["mean"] for n in networks if n["made_with"] is made) for made in (True, False))
         return (
             f"measured on the probe set ({len(self)} synthetic images in place of CIFAR-10): std within\n"
             f"{ours:.1f} % of the test set's in the mean over layers (networks not used for it: {other:.1f} %)"
@@ -66,12 +63,7 @@ class Probe(Images):
 
     def provenance(self) -> dict[str, Any]:
         """Where the images come from, as JSON can hold it."""
-        return {
-            "path": str(self.path),
-            "layout": "probe set",
-            "sha256": sha256(self.path),
-            "note": self.note,
-        }
+        return {"path": str(self.path), "layout": "probe set", "sha256": sha256(self.path), "note": self.note}
 
 
 def load(path: str | Path = SHIPPED) -> Probe:
@@ -87,14 +79,9 @@ def load(path: str | Path = SHIPPED) -> Probe:
             card = json.loads(file.getexif()[CARD])
             sheet = np.asarray(file)
         rows = sheet.shape[0] // SIDE
-        if (
-            sheet.shape != (rows * SIDE, COLUMNS * SIDE, 3)
-            or not 0 < card["count"] <= rows * COLUMNS
-        ):
+        if sheet.shape != (rows * SIDE, COLUMNS * SIDE, 3) or not 0 < card["count"] <= rows * COLUMNS:
             raise ValueError(f"{card['count']} images on a sheet of shape {sheet.shape}")
-        images = (
-            sheet.reshape(rows, SIDE, COLUMNS, SIDE, 3).swapaxes(1, 2).reshape(-1, SIDE, SIDE, 3)
-        )
+        images = sheet.reshape(rows, SIDE, COLUMNS, SIDE, 3).swapaxes(1, 2).reshape(-1, SIDE, SIDE, 3)
         data = Probe(images[: card["count"]], None, card, path)
         data.describe()
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
@@ -107,11 +94,7 @@ def as_bytes(images: np.ndarray, card: dict[str, Any]) -> bytes:
     rows = -(-len(images) // COLUMNS)
     places = np.zeros((rows * COLUMNS, SIDE, SIDE, 3), np.uint8)  # black where no image is left
     places[: len(images)] = images
-    sheet = (
-        places.reshape(rows, COLUMNS, SIDE, SIDE, 3)
-        .swapaxes(1, 2)
-        .reshape(rows * SIDE, COLUMNS * SIDE, 3)
-    )
+    sheet = places.reshape(rows, COLUMNS, SIDE, SIDE, 3).swapaxes(1, 2).reshape(rows * SIDE, COLUMNS * SIDE, 3)
     exif, file = Image.Exif(), BytesIO()
     exif[CARD] = json.dumps(card)
     Image.fromarray(sheet).save(file, "WEBP", lossless=True, quality=100, method=6, exif=exif)

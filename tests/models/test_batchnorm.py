@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -460,7 +462,7 @@ def pre_activation(first, channels, out):
 def test_pre_activation_whatever_is_registered_first(first, widths):
     """Run as bn1, conv1, bn2, conv2: only conv1's output goes into a BN, bn2."""
     blocks = [pre_activation(first, 4, widths[0])]
-    blocks += [pre_activation(first, *pair) for pair in zip(widths, widths[1:], strict=False)]
+    blocks += [pre_activation(first, *pair) for pair in pairwise(widths)]
     parts = {"layers": nn.Sequential(*blocks), "bn": nn.BatchNorm2d(widths[-1])}
     network = trained(module(conv1=conv(3, 4), **parts, other=conv_bn()))
     frame = closed_form(network.state_dict())
@@ -484,7 +486,10 @@ def test_squeeze_and_excitation_does_not_stand_between():
         ({"1.running_mean": torch.ones(4, 1)}, "1.running_mean is no vector like its running_var"),
         ({"1.running_var": torch.full((4,), -1.0)}, "1.running_var is no vector of variances"),
         ({"1.bias": torch.full((4,), torch.nan)}, "NaN or infinity in 1, or too large numbers"),
-        ({"1.weight": torch.full((4,), 1e200).double()}, "NaN or infinity in 1, or too large"),
+        (
+            {"1.weight": torch.full((4,), 1e200, dtype=torch.float64)},
+            "NaN or infinity in 1, or too large",
+        ),
     ],
 )
 def test_impossible_tensors(changes, message):

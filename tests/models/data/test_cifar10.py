@@ -50,9 +50,7 @@ def python2_pickle(data, labels):
     def text(value):  # BINSTRING
         return b"T" + struct.pack("<i", len(value)) + value
 
-    array = (
-        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + text(b"b") + b"\x87R"
-    )
+    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + text(b"b") + b"\x87R"
     dtype = (
         b"cnumpy\ndtype\n"
         + text(b"u1")
@@ -115,9 +113,7 @@ def python_folder(path):
 
 
 def python_archive(path):
-    return write_archive(
-        path / "cifar-10-python.tar.gz", python_folder(path) / "cifar-10-batches-py"
-    )
+    return write_archive(path / "cifar-10-python.tar.gz", python_folder(path) / "cifar-10-batches-py")
 
 
 def python3_pickles(path):
@@ -166,10 +162,7 @@ def test_every_layout_gives_the_same_images(write, tmp_path):
     assert np.array_equal(data.images[order], IMAGES[expected])
     assert np.array_equal(data.labels[order], LABELS[expected])
     assert data.digest == DIGEST
-    assert (
-        f"20 test images, incomplete: 9,980 of 10,000 are missing ({LAYOUTS[write]}"
-        in data.describe()
-    )
+    assert f"20 test images, incomplete: 9,980 of 10,000 are missing ({LAYOUTS[write]}" in data.describe()
 
 
 def test_training_batches_are_joined_in_order(tmp_path):
@@ -185,10 +178,7 @@ def test_missing_parts_are_named(tmp_path):
         write_python(tmp_path / "py", slice(i, i + 1), f"data_batch_{i}")
     assert "incomplete: data_batch_3 not there" in cifar10.load(tmp_path / "py", "train").describe()
     write_parquet(tmp_path / "hub", slice(5), "train-00001-of-00002.parquet")
-    assert (
-        "incomplete: train-00000-of-00002.parquet not there"
-        in cifar10.load(tmp_path / "hub", "train").describe()
-    )
+    assert "incomplete: train-00000-of-00002.parquet not there" in cifar10.load(tmp_path / "hub", "train").describe()
 
 
 def test_images_of_other_modes_become_rgb_and_a_flat_folder_has_no_labels(tmp_path):
@@ -223,9 +213,7 @@ def test_wrong_content_of_the_right_size_is_not_called_exact(tmp_path, monkeypat
 def test_the_real_images_are_complete_and_exact(shared_cifar10, split):
     data = cifar10.load(shared_cifar10, split)
     assert data.exact
-    assert (
-        f"{cifar10.SIZES[split]:,} {split} images, complete and exact (parquet" in data.describe()
-    )
+    assert f"{cifar10.SIZES[split]:,} {split} images, complete and exact (parquet" in data.describe()
     assert np.bincount(data.labels).tolist() == [cifar10.SIZES[split] // 10] * 10
 
 
@@ -261,9 +249,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
 
 def test_places_are_searched_in_order(tmp_path, monkeypatch):
     monkeypatch.setenv("LAYER_RESPONSES_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(
-        NoData, match=r"tried \$CIFAR10 \(not set\), data, .*cache; name its folder or archive"
-    ):
+    with pytest.raises(NoData, match=r"tried \$CIFAR10 \(not set\), data, .*cache; name its folder or archive"):
         cifar10.load()
     python_archive_in_cache = python_archive(tmp_path / "cache")
     assert cifar10.load().path == tmp_path / "cache"
@@ -289,9 +275,7 @@ def test_a_data_folder_of_photographs_is_passed_over(tmp_path, monkeypatch):
 def test_other_peoples_parquet_files_are_passed_over(tmp_path, monkeypatch):
     monkeypatch.setenv("LAYER_RESPONSES_CACHE", str(tmp_path / "cache"))
     (tmp_path / "data").mkdir()
-    parquet.write_table(
-        pyarrow.table({"text": ["a", "b"], "label": [0, 1]}), tmp_path / "data" / "test.parquet"
-    )
+    parquet.write_table(pyarrow.table({"text": ["a", "b"], "label": [0, 1]}), tmp_path / "data" / "test.parquet")
     with pytest.raises(NoData, match="no CIFAR-10 test images found"):
         cifar10.load()
     with pytest.raises(ValueError, match=r"test\.parquet: no columns img"):
@@ -323,9 +307,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 @contextmanager
 def served(folder):
     """The address of a server on loopback."""
-    with http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), partial(Handler, directory=folder)
-    ) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
@@ -365,18 +347,12 @@ def test_download(server, tmp_path, monkeypatch, capsys):
         ("page.parquet", "the download is not CIFAR-10"),
     ],
 )
-def test_a_bad_source_is_left_for_the_next_one_and_leaves_nothing_behind(
-    server, tmp_path, monkeypatch, first, why
-):
+def test_a_bad_source_is_left_for_the_next_one_and_leaves_nothing_behind(server, tmp_path, monkeypatch, first, why):
     monkeypatch.setitem(cifar10.SOURCES, "test", (f"{server}/{first}",))
     with pytest.raises(NoData, match=f"{first} .*{why}"):
         cifar10.load()
-    assert not [
-        file for file in (tmp_path / "cache").rglob("*") if file.is_file() and file.suffix != ".npz"
-    ]
-    monkeypatch.setitem(
-        cifar10.SOURCES, "test", (f"{server}/{first}", f"{server}/test-good.parquet")
-    )
+    assert not [file for file in (tmp_path / "cache").rglob("*") if file.is_file() and file.suffix != ".npz"]
+    monkeypatch.setitem(cifar10.SOURCES, "test", (f"{server}/{first}", f"{server}/test-good.parquet"))
     assert cifar10.load().exact
 
 
@@ -392,9 +368,7 @@ def test_where_no_server_answers_one_time_out_is_enough(tmp_path, monkeypatch):
     monkeypatch.setattr(cifar10, "TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        monkeypatch.setitem(
-            cifar10.SOURCES, "test", (f"{url}/first.parquet", f"{url}/second.parquet")
-        )
+        monkeypatch.setitem(cifar10.SOURCES, "test", (f"{url}/first.parquet", f"{url}/second.parquet"))
         with pytest.raises(NoData, match=r"first.parquet \(timed out\); name its folder"):
             cifar10.load()
 
@@ -419,9 +393,7 @@ def evil_pickle(path):
 
 
 def object_array(path):
-    (path / "test_batch").write_bytes(
-        pickle.dumps({b"data": np.array([[1, "a"]], dtype=object), b"labels": [0]})
-    )
+    (path / "test_batch").write_bytes(pickle.dumps({b"data": np.array([[1, "a"]], dtype=object), b"labels": [0]}))
     return path
 
 
@@ -462,9 +434,7 @@ def text_image(path):
 
 
 def text_in_parquet(path):
-    parquet.write_table(
-        pyarrow.table({"img": [{"bytes": b"no image"}], "label": [0]}), path / "test.parquet"
-    )
+    parquet.write_table(pyarrow.table({"img": [{"bytes": b"no image"}], "label": [0]}), path / "test.parquet")
     return path
 
 
@@ -476,9 +446,7 @@ def cut_image(path):
 
 def label_out_of_range(path):
     write_parquet(path, slice(2), "test.parquet")
-    table = parquet.read_table(path / "test.parquet").set_column(
-        1, "label", pyarrow.array([3, 300])
-    )
+    table = parquet.read_table(path / "test.parquet").set_column(1, "label", pyarrow.array([3, 300]))
     parquet.write_table(table, path / "test.parquet")
     return path
 
@@ -486,38 +454,17 @@ def label_out_of_range(path):
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (
-            lambda path: path / "gone",
-            "gone: no such file or folder; --data takes a folder or an archive of CIFAR-10",
-        ),
-        (
-            lambda path: path,
-            "no CIFAR-10 test images here; looked for test*.parquet, test_batch, test_batch.bin, "
-            "cifar-10-python.tar.gz, cifar-10-binary.tar.gz and folders of PNG or JPEG files",
-        ),
-        (
-            lambda path: truncated(python_archive(path)),
-            "cifar-10-python.tar.gz: damaged or truncated archive",
-        ),
+        (lambda path: path / "gone", "gone: no such file or folder; --data takes a folder or an archive of CIFAR-10"),
+        (lambda path: path, "no CIFAR-10 test images here; looked for test*.parquet, test_batch, test_batch.bin, "
+         "cifar-10-python.tar.gz, cifar-10-binary.tar.gz and folders of PNG or JPEG files"),
+        (lambda path: truncated(python_archive(path)), "cifar-10-python.tar.gz: damaged or truncated archive"),
         (other_archive, "no test_batch in this archive; it is not the official CIFAR-10"),
-        (
-            evil_pickle,
-            "test_batch: refused: the pickle asks for io.open, and only numpy arrays are admitted",
-        ),
-        (
-            object_array,
-            "test_batch: refused: it holds an array of O8, and only arrays of whole numbers are",
-        ),
+        (evil_pickle, "test_batch: refused: the pickle asks for io.open, and only numpy arrays are admitted"),
+        (object_array, "test_batch: refused: it holds an array of O8, and only arrays of whole numbers are"),
         (cut_pickle, "test_batch: damaged, truncated or not a batch of CIFAR-10"),
         (cut_record, "test_batch.bin: 60,845 bytes are no multiple of 3073: damaged or truncated"),
-        (
-            other_parquet,
-            "test.parquet: no columns img (struct with bytes) and label; this is not the layout",
-        ),
-        (
-            text_parquet,
-            "test.parquet: damaged or truncated parquet file; copy or download it again",
-        ),
+        (other_parquet, "test.parquet: no columns img (struct with bytes) and label; this is not the layout"),
+        (text_parquet, "test.parquet: damaged or truncated parquet file; copy or download it again"),
         (photographs, "rex.jpg: 640x480 pixels; the images of CIFAR-10 have 32x32"),
         (text_image, "cat.png: damaged or no image (of no known format)"),
         (text_in_parquet, "test.parquet: image 0: damaged or no image (of no known format)"),

@@ -53,9 +53,7 @@ def test_batches_hold_every_image_once_and_in_order(classes, size):
     folder = ImageFolder.open(classes)
     alone = [folder.decode(file) for file in folder.files]
     parts = list(folder.batches(size))
-    assert [len(images) for images, _ in parts] == [
-        min(size, 7 - start) for start in range(0, 7, size)
-    ]
+    assert [len(images) for images, _ in parts] == [min(size, 7 - start) for start in range(0, 7, size)]
     assert np.array_equal(np.concatenate([images for images, _ in parts]), np.stack(alone))
     assert np.concatenate([labels for _, labels in parts]).tolist() == folder.labels.tolist()
 
@@ -87,9 +85,7 @@ def test_no_thread_is_left_behind(classes):
     assert threading.active_count() <= before
 
 
-@pytest.mark.parametrize(
-    "size", [(256, 256), (300, 256), (256, 400), (512, 512), (500, 375), (100, 80)]
-)
+@pytest.mark.parametrize("size", [(256, 256), (300, 256), (256, 400), (512, 512), (500, 375), (100, 80)])
 def test_the_crop_is_that_of_resizing_first(size):
     """In two steps: the shorter side to 256, then the central 224x224. Smooth images, as
     interpolation rounds.
@@ -100,9 +96,7 @@ def test_the_crop_is_that_of_resizing_first(size):
     scale = RESIZE / min(size)
     resized = image.resize((round(width * scale), round(height * scale)), Image.Resampling.BILINEAR)
     left, top = (resized.width - CROP) / 2, (resized.height - CROP) / 2
-    expected = np.asarray(
-        resized.crop((round(left), round(top), round(left) + CROP, round(top) + CROP)), np.int64
-    )
+    expected = np.asarray(resized.crop((round(left), round(top), round(left) + CROP, round(top) + CROP)), np.int64)
     assert np.abs(crop(image) - expected).max() <= 2
 
 
@@ -116,15 +110,9 @@ def test_other_modes_become_rgb(tmp_path):
     sixteen = Image.fromarray(grey.astype(np.uint16) * 257)
     transparent = Image.fromarray(np.dstack([grey] * 3 + [np.full_like(grey, 255)]))
     expected = np.dstack([grey[16:240, 16:240]] * 3)
-    for name, image in (
-        ("grey", Image.fromarray(grey)),
-        ("sixteen", sixteen),
-        ("alpha", transparent),
-    ):
+    for name, image in (("grey", Image.fromarray(grey)), ("sixteen", sixteen), ("alpha", transparent)):
         image.save(tmp_path / f"{name}.png")
-        assert np.array_equal(
-            ImageFolder.open(tmp_path).decode(tmp_path / f"{name}.png"), expected
-        ), name
+        assert np.array_equal(ImageFolder.open(tmp_path).decode(tmp_path / f"{name}.png"), expected), name
 
 
 def test_an_animation_is_its_first_image(tmp_path):
@@ -177,20 +165,13 @@ def warned_of(path):
 
 @pytest.mark.parametrize(
     ("write", "reason"),
-    [
-        (broken, "of no known format"),
-        (cut, "image file is truncated"),
-        (empty, "of no known format"),
-        (bomb, "Image size (1600000000 pixels) exceeds"),
-        (warned_of, "Image size (100000000 pixels) exceeds limit"),
-    ],
+    [(broken, "of no known format"), (cut, "image file is truncated"), (empty, "of no known format"),
+     (bomb, "Image size (1600000000 pixels) exceeds"), (warned_of, "Image size (100000000 pixels) exceeds limit")],
 )
 def test_an_image_that_cannot_be_read(write, reason, tmp_path):
     picture(30, 30).save(tmp_path / "b.png")
     write(tmp_path)
-    with pytest.raises(
-        ValueError, match=re.escape(f": damaged, too large or no image ({reason}")
-    ) as error:
+    with pytest.raises(ValueError, match=re.escape(f": damaged, too large or no image ({reason}")) as error:
         list(ImageFolder.open(tmp_path).batches(2))
     assert str(error.value).startswith(f"{tmp_path}/a.")
     assert str(error.value).endswith("); remove it from the folder")
@@ -201,7 +182,5 @@ def test_no_folder_and_no_images(tmp_path):
     with pytest.raises(ValueError, match=r"gone: no such folder; --data takes a folder of images"):
         ImageFolder.open(tmp_path / "gone")
     (tmp_path / "a.txt").touch()
-    with pytest.raises(
-        ValueError, match=re.escape(f"{tmp_path}: no images here; looked for {', '.join(SUFFIXES)}")
-    ):
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}: no images here; looked for {', '.join(SUFFIXES)}")):
         ImageFolder.open(tmp_path)

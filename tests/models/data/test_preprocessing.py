@@ -16,9 +16,7 @@ def test_presets_are_the_formula(preset):
     np.testing.assert_allclose(x.permute(0, 2, 3, 1), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "preset", [*PRESETS.values(), per_pixel(mean_image(IMAGES))], ids=[*PRESETS, "per-pixel"]
-)
+@pytest.mark.parametrize("preset", [*PRESETS.values(), per_pixel(mean_image(IMAGES))], ids=[*PRESETS, "per-pixel"])
 def test_images_in_other_units_and_left_as_they_are(preset):
     x = torch.from_numpy(IMAGES).permute(0, 3, 1, 2).float() / 255
     before = x.clone()
@@ -29,9 +27,7 @@ def test_images_in_other_units_and_left_as_they_are(preset):
 def test_per_pixel_subtracts_the_mean_image():
     x = per_pixel(mean_image(IMAGES))(IMAGES)
     assert x.mean(0).abs().max() < 1e-6
-    np.testing.assert_allclose(
-        x[3, 1], IMAGES[3, :, :, 1] / 255 - IMAGES[..., 1].mean(0) / 255, atol=1e-6
-    )
+    np.testing.assert_allclose(x[3, 1], IMAGES[3, :, :, 1] / 255 - IMAGES[..., 1].mean(0) / 255, atol=1e-6)
 
 
 def crops(x):

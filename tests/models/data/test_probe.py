@@ -38,24 +38,14 @@ def test_what_is_written_is_read(images, tmp_path):
     assert data.card == CARD
     assert data.labels is None
     assert len(data) == 35
-    assert [(part.shape[0], labels) for part, labels in data.batches(20)] == [
-        (20, None),
-        (15, None),
-    ]
+    assert [(part.shape[0], labels) for part, labels in data.batches(20)] == [(20, None), (15, None)]
     assert data.describe() == (
         "measured on the probe set (35 synthetic images in place of CIFAR-10): std within 1.1 % of the test set's in "
         "the mean over layers (networks not used for it: 4.2 %), the worst of those that were tried"
     )
     provenance = data.provenance()
-    assert provenance == {
-        "path": str(file),
-        "layout": "probe set",
-        "sha256": sha256(file),
-        "note": data.note,
-    }
-    assert (
-        max(len(line) for line in data.note.splitlines()) < 85
-    )  # what a figure of one column has room for
+    assert provenance == {"path": str(file), "layout": "probe set", "sha256": sha256(file), "note": data.note}
+    assert max(len(line) for line in data.note.splitlines()) < 85  # what a figure of one column has room for
 
 
 def test_the_shipped_one():
@@ -65,28 +55,19 @@ def test_the_shipped_one():
     assert probe.SHIPPED.stat().st_size <= 1.5e6
     networks = data.card["networks"]
     shipped = {name: sha256(zoo.find(name)) for name in zoo.shipped()}
-    assert {
-        name: networks[name]["sha256"] for name in shipped
-    } == shipped  # measured again when they are replaced
+    assert {name: networks[name]["sha256"] for name in shipped} == shipped  # measured again when they are replaced
     for name in shipped:
         assert networks[name]["made_with"]
         assert networks[name]["mean"] <= 0.02
         assert networks[name]["mean"] < networks[name]["closed_form_mean"]
-    assert [name for name in shipped if networks[name]["largest"] > 0.08] == [
-        "resnet-110"
-    ]  # models/PROBE.md says why
+    assert [name for name in shipped if networks[name]["largest"] > 0.08] == ["resnet-110"]  # models/PROBE.md says why
     assert networks["resnet-110"]["largest"] < 0.09
     others = {name: network for name, network in networks.items() if not network["made_with"]}
     assert len(others) >= 6
     assert max(network["mean"] for network in others.values()) <= 0.05
     far = {name for name, network in others.items() if network["r"] < 0.97}
-    assert far == {
-        "resnet-44-1000-e",
-        "resnet-56-1000",
-    }  # models/PROBE.md says so, and what follows
-    assert {
-        name for name, network in others.items() if network["mean"] >= network["closed_form_mean"]
-    } == {
+    assert far == {"resnet-44-1000-e", "resnet-56-1000"}  # models/PROBE.md says so, and what follows
+    assert {name for name, network in others.items() if network["mean"] >= network["closed_form_mean"]} == {
         "resnet-56-1000",
         "plain-56-1000",
     }
@@ -194,25 +175,11 @@ def other_width(path, images):
 
 @pytest.mark.parametrize(
     "make",
-    [
-        missing,
-        cut,
-        text,
-        no_card,
-        broken_card,
-        empty_card,
-        a_list,
-        too_many,
-        none_at_all,
-        other_format,
-        other_size,
-        other_width,
-    ],
+    [missing, cut, text, no_card, broken_card, empty_card, a_list, too_many, none_at_all, other_format, other_size,
+     other_width],
 )
 def test_a_bad_file_is_refused(make, images, tmp_path):
     file = tmp_path / "mine.webp"
     make(file, images)
-    with pytest.raises(
-        (ValueError, FileNotFoundError), match=r"mine.webp: no (such file|probe set)"
-    ):
+    with pytest.raises((ValueError, FileNotFoundError), match=r"mine.webp: no (such file|probe set)"):
         probe.load(file)
