@@ -125,7 +125,7 @@ def test_nothing_to_read_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint in it; a checkpoint is"):
         find_snapshots([tmp_path])
     (tmp_path / "a_1.pth").write_bytes(b"PK")
-    with pytest.raises(ValueError, match="a_1.pth: not a checkpoint"):
+    with pytest.raises(ValueError, match=r"a_1\.pth: not a checkpoint"):
         find_snapshots([tmp_path])
     with pytest.raises(FileNotFoundError):
         find_snapshots([tmp_path / "missing.pth"])
