@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 from analysis import Recorder
 from analysis.measuring.steps import find_snapshots
 from models import build, closed_form
-from models.checkpoints.state_dicts import read
 from models.data import cifar10
 from models.data.preprocessing import PRESETS
 from tests.conftest import ROOT
@@ -63,7 +62,7 @@ def assert_same_curve(recorder, folder):
     frame = recorder.frame()
     for snapshot in snapshots:
         recorded = frame[frame["step"] == snapshot.step].reset_index(drop=True)
-        computed = closed_form(read(snapshot.path)[0])
+        computed = closed_form(snapshot.file.tensors)
         assert recorded["name"].tolist() == computed["name"].tolist()
         assert (recorded["std"] / computed["std"] - 1).abs().max() < 1e-6
     assert frame.groupby("step")["std"].mean().nunique() == len(snapshots)  # it changes

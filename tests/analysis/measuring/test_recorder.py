@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import distributed, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import analysis
@@ -251,31 +251,26 @@ def test_doubtful_pairs_are_said_once_and_images_tell():
     assert frame.frame()["norm"].tolist() == ["bn2", "bn1"]
 
 
-PROCESS = """
-import sys
-import torch
-from torch import distributed, nn
-from analysis import Recorder
-from tests.analysis.measuring.test_recorder import IMAGES, Noisy, train
+def train_on_rank(rank, folder):
+    """Train in one of two processes, without and with recorders, and save what they gave."""
+    meet = f"file://{folder}/meet"
+    distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
+    losses, values = [], []
+    for recorded in (False, True):
+        torch.manual_seed(0)
+        model = nn.parallel.DistributedDataParallel(Noisy())
+        formula = Recorder(model, every=6)
+        merged = Recorder(model, every=6, images=IMAGES[4 * rank : 4 * rank + 4])
 
-rank, folder = int(sys.argv[1]), sys.argv[2]
-distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-losses, models = [], []
-for recorded in (False, True):
-    torch.manual_seed(0)
-    models.append(nn.parallel.DistributedDataParallel(Noisy()))
-    values, record = [], lambda step: None
-    if recorded:
-        formula = Recorder(models[-1], every=6)
-        merged = Recorder(models[-1], every=6, images=IMAGES[4 * rank : 4 * rank + 4])
-        record = lambda step: values.append((formula.record(step), merged.record(step)))
-    losses.append(train(models[-1], record))
-assert losses[0] == losses[1]
-if rank == 0:
-    formula.save(f"{folder}/formula.csv")
-torch.save((values, merged.record(0), models[-1].module.state_dict()), f"{folder}/{rank}.pt")
-distributed.destroy_process_group()
-"""
+        def record(step, recorded=recorded, recorders=(formula, merged)):
+            if recorded:
+                values.append([recorder.record(step) for recorder in recorders])
+
+        losses.append(train(model, record))
+    assert losses[0] == losses[1]
+    formula.save(f"{folder}/formula-{rank}.csv")
+    torch.save((values, merged.record(0), model.module.state_dict()), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
 
 
 @pytest.mark.process
@@ -283,7 +278,7 @@ distributed.destroy_process_group()
 def test_rank_0_records_for_all_ranks_of_a_ddp_training(tmp_path):
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(rank), str(tmp_path)],
+            [sys.executable, __file__, str(rank), str(tmp_path)],
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         )
         for rank in (0, 1)
@@ -293,9 +288,14 @@ def test_rank_0_records_for_all_ranks_of_a_ddp_training(tmp_path):
         torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)
     )
     assert [bool(a) and bool(b) for a, b in first] == [i % 6 == 5 for i in range(12)]
-    assert [*second, others] == [({}, {})] * 12 + [{}]
+    assert [*second, others] == [[{}, {}]] * 12 + [{}]
     model = Noisy()
     model.load_state_dict(state)
     alone = Recorder(model, images=IMAGES).record(0)  # all images in one process
     assert last["response_std/conv1"] == pytest.approx(alone["response_std/conv1"], rel=1e-6)
-    assert pd.read_csv(tmp_path / "formula.csv")["name"].tolist() == ["conv1", "conv2"] * 2
+    assert pd.read_csv(tmp_path / "formula-0.csv")["name"].tolist() == ["conv1", "conv2"] * 2
+    assert not (tmp_path / "formula-1.csv").exists()
+
+
+if __name__ == "__main__":
+    train_on_rank(int(sys.argv[1]), sys.argv[2])
