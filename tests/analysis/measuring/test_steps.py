@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from analysis.measuring.steps import find_snapshots
-from models import build
+from models import build, closed_form
 from models.checkpoints import loading
 from models.data.preprocessing import PRESETS
 
@@ -71,6 +71,15 @@ def test_folders_of_transformers(tmp_path):
         save_file(STATE, folder / "model.safetensors")
     assert steps(tmp_path) == {f"checkpoint-{step}/model.safetensors": step for step in (500, 1000)}
     assert steps(tmp_path / "checkpoint-500") == {"model.safetensors": 500}
+
+
+def test_tensors_of_safetensors_files_keep_an_order(tmp_path):
+    """Their order tells which layers there are."""
+    model = build("resnet-20")
+    save_file(model.state_dict(), tmp_path / "net_1.safetensors")
+    [snapshot], _ = find_snapshots([tmp_path])
+    names = closed_form(snapshot.file.tensors)["name"].tolist()
+    assert names == closed_form(model)["name"].tolist()
 
 
 def test_a_regex_finds_the_step_in_other_names(tmp_path):
