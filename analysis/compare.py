@@ -26,8 +26,8 @@ from analysis.cli.outputs import (
     as_csv,
     as_images,
     as_json,
-    as_page,
     check_folder,
+    facts_of,
     notes_of,
     write_files,
     write_notes,
@@ -84,6 +84,7 @@ def run(args: argparse.Namespace, options: Options) -> None:
 
     from analysis.statistics import compare_frames
     from plots import draw_compare, draw_stages
+    from plots.page import make_page
 
     with together():
         check_folder(args.out)
@@ -107,17 +108,23 @@ def run(args: argparse.Namespace, options: Options) -> None:
         "compare": draw_compare(curves, differences[: len(entries) - 1]),
         "compare-stages": draw_stages(curves),
     }
-    write_notes(figures.values(), notes_of(found.images))
+    write_notes(figures.values(), notes_of(found.images, found.results))
     files = {"compare.csv": as_csv(pd.concat(differences, ignore_index=True))}
     files["compare.json"] = as_json(found.provenance)
     for name, figure in figures.items():
         files |= as_images(name, figure, args.format)
     if args.html:
         title = f"Layer responses: {', '.join(entry.label for entry in entries)}"
-        shown = zip(CAPTIONS, figures.values(), strict=True)
-        files |= as_page("compare", title, shown, list_layers(entries), found.provenance)
+        captioned = list(zip(CAPTIONS, figures.values(), strict=True))
+        layers, facts = list_layers(entries), facts_of(found.images)
+        page = make_page(
+            title, captioned, layers, found.provenance, summary=table_of(pairs), facts=facts
+        )
+        files["compare.html"] = page.encode()
     written = write_files(args.out, files)
-    print("\n" + "\n\n".join([describe_pairs(pairs), *describe_groups(pairs)]) + "\n" + written)
+    lines = table_of(pairs).to_string(index=False).splitlines()
+    table = "\n".join(line.rstrip() for line in lines)
+    print("\n" + "\n\n".join([table, *describe_groups(pairs)]) + "\n" + written)
 
 
 def list_layers(entries: Sequence[Entry]) -> pd.DataFrame:
@@ -143,7 +150,7 @@ def list_layers(entries: Sequence[Entry]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def describe_pairs(pairs: Sequence[tuple[Entry, Entry]]) -> str:
+def table_of(pairs: Sequence[tuple[Entry, Entry]]) -> pd.DataFrame:
     """Return a table with one row a pair: the second against the first."""
     import pandas as pd
 
@@ -168,8 +175,7 @@ def describe_pairs(pairs: Sequence[tuple[Entry, Entry]]) -> str:
                 "": same or ("same numbers" if found["identical"] else ""),
             }
         )
-    lines = pd.DataFrame(rows).to_string(index=False).splitlines()
-    return "\n".join(line.rstrip() for line in lines)
+    return pd.DataFrame(rows)
 
 
 def number_or_dash(value: float) -> str:

@@ -30,7 +30,6 @@ from analysis.cli.outputs import (
     as_csv,
     as_images,
     as_json,
-    as_page,
     check_folder,
     notes_of,
     provenance_of,
@@ -94,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace, options: Options) -> None:
     """Read, measure, write and print. Raise ValueError or OSError for bad input."""
     from plots import draw_dynamics
+    from plots.page import make_page
 
     with together():
         check_folder(args.out)
@@ -111,7 +111,8 @@ def run(args: argparse.Namespace, options: Options) -> None:
     files |= as_images("dynamics", figure, args.format)
     if args.html:
         title = f"Layer responses of {frame['network'].iloc[0]} through training"
-        files |= as_page("dynamics", title, [(CAPTION, figure)], frame, provenance)
+        page = make_page(title, [(CAPTION, figure)], frame, provenance)
+        files["dynamics.html"] = page.encode()
     written = write_files(args.out, files)
     print_table(frame)
     print(written)
@@ -200,7 +201,7 @@ def measure_snapshots(
         result.network.checkpoint.path.stem: provenance_of(result, images, options).to_json()
         for result in results
     }
-    return frame, provenance, notes_of(images) if results[0].measurement else []
+    return frame, provenance, notes_of(images, results)
 
 
 def check_run(snapshots: Sequence[Snapshot], recipe: Recipe) -> None:

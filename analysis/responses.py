@@ -24,8 +24,8 @@ from analysis.cli.outputs import (
     as_csv,
     as_images,
     as_json,
-    as_page,
     check_folder,
+    facts_of,
     notes_of,
     provenance_of,
     write_files,
@@ -96,6 +96,7 @@ def run(args: argparse.Namespace, options: Options) -> None:
 
     from analysis.paper import judge, paper_curves
     from plots import draw_decomposition, draw_fig7
+    from plots.page import make_page
 
     with together():
         check_folder(args.out)
@@ -107,8 +108,9 @@ def run(args: argparse.Namespace, options: Options) -> None:
     provenance = {
         result.network.label: provenance_of(result, images, options).to_json() for result in results
     }
-    notes = notes_of(images) if results[0].measurement else []
+    notes = notes_of(images, results)
     shown = None if args.no_paper else paper_curves()
+    table = table_of(results)
     fig7 = draw_fig7(frame, shown, note="\n".join([*short_runs(networks), *notes]))
     decomposition = draw_decomposition(frame)
     write_notes([decomposition], notes)
@@ -118,10 +120,20 @@ def run(args: argparse.Namespace, options: Options) -> None:
     for name, figure in figures.items():
         files |= as_images(name, figure, args.format)
     if args.html:
-        captioned = zip(CAPTIONS, figures.values(), strict=True)
-        files |= as_page("responses", "Layer responses", captioned, frame, provenance)
+        page = make_page(
+            "Layer responses",
+            list(zip(CAPTIONS, figures.values(), strict=True)),
+            frame,
+            provenance,
+            summary=table,
+            verdicts=claims,
+            facts=facts_of(images),
+            paper=shown,
+        )
+        files["responses.html"] = page.encode()
     written = write_files(args.out, files)
-    print_table(results)
+    print("\n" + table.to_string(index=False))
+    print_dominated(results)
     if len(set(frame["source"])) > 1:
         print_differences(frame)
     print_claims(claims)
@@ -213,8 +225,8 @@ def short_runs(networks: Sequence[Network]) -> list[str]:
     ]
 
 
-def print_table(results: Sequence[Measured]) -> None:
-    """Print one line a network: layers, accuracy, std, and how far it is from the paper."""
+def table_of(results: Sequence[Measured]) -> pd.DataFrame:
+    """Return one row a network: layers, accuracy, std, and how far it is from the paper."""
     import pandas as pd
 
     from analysis.paper import against_paper
@@ -239,26 +251,29 @@ def print_table(results: Sequence[Measured]) -> None:
                 "ratio to paper": "-" if pd.isna(paper.ratio) else f"{paper.ratio:.3f}",
             }
         )
-    print("\n" + pd.DataFrame(rows).to_string(index=False))
+    return pd.DataFrame(rows)
+
+
+def print_dominated(results: Sequence[Measured]) -> None:
+    """Print the layers in which one group of images makes more than half of the variance."""
     for result in results:
-        if result.measurement and (flagged := dominated_layers(result)):
-            print(f"{result.network.label}: few images make most of the variance in {flagged}")
+        if result.measurement is None:
+            continue
+        flags = zip(result.frame["layer"], result.measurement.dominated, strict=False)
+        layers = [str(layer) for layer, flag in flags if flag]
+        if layers:
+            words = f"layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"
+            print(f"{result.network.label}: few images make most of the variance of {words}")
 
 
 def error_of_mean(result: Measured) -> str:
     """Return the sampling error of the mean std over images, as a cell of the table."""
     from analysis.statistics import jackknife_error
 
-    without = result.measurement.std_without_groups() if result.measurement else None
-    return "-" if without is None else f"{jackknife_error(without.mean(axis=1)):.4f}"
-
-
-def dominated_layers(result: Measured) -> str:
-    """Return the layers in which one group of images makes more than half of the variance."""
-    frame = result.frame
-    layers = frame.loc[frame["dominated"].fillna(False).astype(bool), "layer"].tolist()
-    word = "layer" if len(layers) == 1 else "layers"
-    return f"{word} {', '.join(map(str, layers))}" if layers else ""
+    if result.measurement is None:
+        return "-"
+    error = jackknife_error(result.measurement.std_without_groups().mean(axis=1))
+    return "-" if error != error else f"{error:.4f}"
 
 
 def print_differences(frame: pd.DataFrame) -> None:

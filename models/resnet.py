@@ -6,53 +6,41 @@
     >>> sum(p.numel() for p in build("resnet-18").parameters())  # ImageNet, Table 1
     11689512
 
-He et al. (CVPR 2016). CIFAR-10, section 4.2: a 3x3 convolution, three stages of n blocks of two 3x3
-convolutions with 16, 32 and 64 channels on maps of 32, 16 and 8 pixels, global average pooling and
-a classifier: 6n + 2 layers with weights. ImageNet, Table 1: a 7x7 convolution and max pooling, four
-stages of basic or bottleneck blocks, 18 to 152 layers. A plain network is the same network without
-the shortcuts. The keys of the state dict are torchvision's (conv1, bn1, layer1.0.conv1,
-downsample.0, fc).
+CIFAR-10, section 4.2: a 3x3 convolution, three stages of n blocks of two 3x3 convolutions, with 16,
+32 and 64 channels on maps of 32, 16 and 8 pixels, global average pooling and a classifier; 6n + 2
+layers with weights. ImageNet, Table 1: a 7x7 convolution and max pooling, four stages of basic or
+bottleneck blocks; 18 to 152 layers. A plain network is the same network without the shortcuts.
+State dicts have torchvision's keys (conv1, bn1, layer1.0.conv1, downsample.0, fc).
 
     python -m models.resnet resnet-34 --input 5 3 224 224
 
-prints the output shapes, parameters and multiply-adds of any of them.
+prints output shapes, parameters and multiply-adds; see `models.summary`.
+
+Source: He et al., CVPR 2016.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.messages import report
-
-KINDS = {
-    "resnet": "residual",
-    "plain": "plain",
-}  # the first word of a name -> the kind of the network
-WIDTHS = {
-    "cifar": (16, 32, 64),
-    "imagenet": (64, 128, 256, 512),
-}  # channels of the 3x3 convolutions, by stage
+KINDS = {"resnet": "residual", "plain": "plain"}  # the word in a name: the kind of the network
+WIDTHS = {"cifar": (16, 32, 64), "imagenet": (64, 128, 256, 512)}  # channels of 3x3 layers by stage
 SIZES = {"cifar": 32, "imagenet": 224}  # pixels on a side of the images
-BLOCKS = {
+BLOCKS = {  # in each stage, by depth; Table 1
     18: (2, 2, 2, 2),
     34: (3, 4, 6, 3),
     50: (3, 4, 6, 3),
     101: (3, 4, 23, 3),
     152: (3, 8, 36, 3),
-}  # Table 1
-TABLE_1_DEPTHS = tuple(
-    BLOCKS
-)  # resnet-50 means the ImageNet network; the CIFAR one is cifar-resnet-50
-BOTTLENECK_DEPTH = 50  # from here on blocks are bottlenecks
-MOST_CLASSES = 10**9  # sizes of tensors overflow beyond some 10^15
+}
+TABLE_1_DEPTHS = tuple(BLOCKS)  # resnet-50 is the ImageNet network; CIFAR-10's is cifar-resnet-50
+BOTTLENECK_DEPTH = 50  # from this depth on, ImageNet networks have bottleneck blocks
+MOST_CLASSES = 10**9  # torch's sizes overflow at about 10^15
 OPTIONS = {
     "kind": tuple(KINDS.values()),
     "shortcut": ("A", "B", "C", "pool"),
@@ -64,15 +52,18 @@ OPTIONS = {
 
 @dataclass(frozen=True)
 class Config:
-    """What a network is: everything that is needed to make it again.
+    """Everything that defines a network.
 
-    kind: `residual` or `plain`. depth: layers with weights; 6n + 2, or one of Table 1. shortcut:
-    `A` (no parameters: strided identity and channels of zeros), `B` (1x1 convolution and BN where
-    the shape changes), `C` (on every shortcut), `pool` (`A` with average pooling instead of the stride). padding: where option A puts the channels of zeros,
-    half before and half after (`both`) or all `after`. classes: outputs. images: `cifar` (32x32) or
-    `imagenet` (224x224). stride: which convolution of a bottleneck makes the map smaller, the first
-    `1x1` (the paper) or the `3x3` (v1.5, as torchvision has it). Shortcut and padding have no
-    meaning for a plain network, stride only for bottlenecks.
+    kind: `residual` or `plain`.
+    depth: layers with weights; 6n + 2, or one of Table 1.
+    shortcut: `A` (strided identity, padded with channels of zeros), `B` (1x1 convolution and BN if
+        the shape changes), `C` (the same on every shortcut) or `pool` (`A` with average pooling
+        instead of the stride). Plain networks have none.
+    padding: where option A adds its channels: half before and half after (`both`), or all `after`.
+    classes: number of outputs.
+    images: `cifar` (32x32) or `imagenet` (224x224).
+    stride: the convolution of a bottleneck that downsamples: the first `1x1` (the paper) or the
+        `3x3` (torchvision, "v1.5").
     """
 
     kind: str
@@ -90,81 +81,73 @@ class Config:
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        """Blocks in each stage."""
+        """The number of blocks in each stage."""
         return BLOCKS[self.depth] if self.images == "imagenet" else ((self.depth - 2) // 6,) * 3
 
     @property
     def block(self) -> type[BasicBlock | Bottleneck]:
         """The class of the blocks."""
-        return (
-            Bottleneck
-            if self.images == "imagenet" and self.depth >= BOTTLENECK_DEPTH
-            else BasicBlock
-        )
+        deep = self.images == "imagenet" and self.depth >= BOTTLENECK_DEPTH
+        return Bottleneck if deep else BasicBlock
 
 
 def network_name(kind: str, depth: int, images: str = "cifar") -> str:
-    """`resnet-56` or `plain-20` for a kind and a depth; `cifar-resnet-50` where the short name is
-    one of Table 1.
-    """
+    """Return the label for a kind and a depth: `resnet-56`, `plain-20` or `cifar-resnet-50`."""
     word = next(word for word, meaning in KINDS.items() if meaning == kind)
     return f"{'cifar-' if images == 'cifar' and depth in TABLE_1_DEPTHS else ''}{word}-{depth}"
 
 
 def parse_name(name: str) -> Config:
-    """The network that a name means: one of Table 1 with option B for `resnet-50`, CIFAR-10's for
-    `cifar-resnet-50`.
+    """Return the network with a name.
 
-    Raises ValueError, naming what is allowed, for any other name.
+    `resnet-50` is that of Table 1, with option B; `cifar-resnet-50` is a network for CIFAR-10.
+    Raises ValueError, listing the names, if there is no such network.
     """
     match = re.fullmatch(r"(cifar-)?(resnet|plain)-([0-9]{1,6})", name)
     if match is None:
         raise ValueError(
-            f"unknown network {name!r}: the names are resnet-DEPTH and plain-DEPTH, for CIFAR-10 with a depth of "
-            "6n + 2, such as resnet-20 or plain-56 (cifar-resnet-20 is the same), for ImageNet with "
-            f"{', '.join(map(str, TABLE_1_DEPTHS))}"
+            f"unknown network {name!r}: the names are resnet-DEPTH and plain-DEPTH; for CIFAR-10 "
+            "the depth is 6n + 2, as in resnet-20 or plain-56 (or cifar-resnet-20), for ImageNet "
+            f"it is one of {', '.join(map(str, TABLE_1_DEPTHS))}"
         )
     kind, depth = KINDS[match[2]], int(match[3])
+    config = Config(kind, depth)
     if match[1] is None and depth in TABLE_1_DEPTHS:
         config = Config(kind, depth, shortcut="B", classes=1000, images="imagenet")
-    else:
-        config = Config(kind, depth)
     check(config)
     return config
 
 
 def check_depth(depth: int) -> None:
-    """ValueError, naming the nearest valid depths, unless the depth is 6n + 2 with n of 1 or more."""
+    """Raise ValueError, naming the nearest valid depths, unless a depth is 6n + 2 with n >= 1."""
     if depth < 8 or depth % 6 != 2:
         below = max(8, depth - (depth - 2) % 6)
         raise ValueError(
-            f"no CIFAR-10 network has {depth} layers: a depth is 6n + 2; the nearest are {below} and {below + 6}"
+            f"no CIFAR-10 network has {depth} layers: a depth is 6n + 2; "
+            f"the nearest are {below} and {below + 6}"
         )
 
 
 def check(config: Config) -> None:
-    """ValueError if there is no such network."""
+    """Raise ValueError if there is no such network."""
+    depth, depths = config.depth, ", ".join(map(str, TABLE_1_DEPTHS))
     for option, values in OPTIONS.items():
-        if getattr(config, option) not in values:
-            raise ValueError(
-                f"unknown {option} {getattr(config, option)!r}: one of {', '.join(values)}"
-            )
+        value = getattr(config, option)
+        if value not in values:
+            raise ValueError(f"unknown {option} {value!r}: one of {', '.join(values)}")
     if not 1 <= config.classes <= MOST_CLASSES:
         raise ValueError(f"classes must be 1 to {MOST_CLASSES:,}, not {config.classes}")
     if config.images == "cifar":
-        check_depth(config.depth)
-    elif config.depth not in TABLE_1_DEPTHS:
-        raise ValueError(
-            f"Table 1 has no network of {config.depth} layers: {', '.join(map(str, TABLE_1_DEPTHS))}"
-        )
+        check_depth(depth)
+    elif depth not in TABLE_1_DEPTHS:
+        raise ValueError(f"Table 1 has no network of {depth} layers: {depths}")
     elif config.kind == "plain" and config.block is Bottleneck:
-        raise ValueError(
-            f"the paper has no plain network of {config.depth} layers for ImageNet: plain-18, plain-34"
-        )
+        plain = "plain-18, plain-34"
+        raise ValueError(f"the paper has no plain network of {depth} layers for ImageNet: {plain}")
 
 
 def config_of(network: nn.Module) -> Config | None:
-    """What one of our networks is; None for others, whose `config` has another meaning."""
+    """Return the config of one of our networks, or None for any other network."""
     config = getattr(network, "config", None)
     return config if isinstance(config, Config) else None
 
@@ -177,28 +160,27 @@ def build(
     classes: int | None = None,
     stride: str = "1x1",
 ) -> ResNet:
-    """Make the named network, freshly initialised (He et al., ICCV 2015) from torch's global random
-    state.
+    """Return the named network, initialised from torch's global random state (ICCV 2015).
 
-    name: `resnet-DEPTH` or `plain-DEPTH`; with 18, 34, 50, 101 or 152 layers a network for ImageNet
-    (plain: 18 and 34), else with 6n + 2 (20, 32, 44, 56, 110, 1202, ...) one for CIFAR-10, or the
-    long form `cifar-resnet-DEPTH`. The rest: see `Config`; by default option A and 10 classes for
-    CIFAR-10, option B and 1,000 classes for ImageNet. Returns a network that maps images (N, 3, 32,
-    32) or (N, 3, 224, 224) to logits (N, classes). Raises ValueError for a name or an option that
-    does not exist.
+    name: `resnet-DEPTH` or `plain-DEPTH`. Depths 18, 34, 50, 101 and 152 (plain: 18 and 34) are
+        ImageNet's; 6n + 2 (20, 32, 44, 56, 110, 1202, ...) are CIFAR-10's, or use
+        `cifar-resnet-DEPTH`.
+    shortcut, padding, classes, stride: see `Config`. The defaults are option A and 10 classes for
+        CIFAR-10, option B and 1,000 classes for ImageNet.
+
+    The network maps images (N, 3, 32, 32) or (N, 3, 224, 224) to logits (N, classes). Raises
+    ValueError if the name or an option does not exist.
     """
     options = {"shortcut": shortcut, "padding": padding, "classes": classes, "stride": stride}
-    given: dict[str, Any] = {
-        option: value for option, value in options.items() if value is not None
-    }
+    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     return ResNet(replace(parse_name(name), **given))
 
 
 def stages(depth: int, in_channels: int) -> nn.Sequential:
-    """The four stages of a residual network of Table 1 alone: (N, in_channels, H, W) -> (N, 512 or
-    2048, H/8, W/8).
+    """Return the four stages alone of a residual network of Table 1.
 
-    ValueError, naming the five depths, for any other.
+    They map (N, in_channels, H, W) to (N, 512 or 2048, H/8, W/8). Raises ValueError, naming the
+    five depths, for any other depth.
     """
     config = Config("residual", depth, shortcut="B", images="imagenet")
     check(config)
@@ -206,8 +188,9 @@ def stages(depth: int, in_channels: int) -> nn.Sequential:
 
 
 class PadShortcut(nn.Module):
-    """Option A: every second pixel where the map shrinks, and channels of zeros where there are
-    more of them.
+    """Option A: take every second pixel if the map shrinks, and pad with channels of zeros.
+
+    pool: average instead of taking every second pixel.
     """
 
     def __init__(
@@ -220,17 +203,15 @@ class PadShortcut(nn.Module):
         self.pad = (0, 0, 0, 0, before, extra - before)  # (W, W, H, H, C before, C after)
 
     def forward(self, x: Tensor) -> Tensor:
-        stride = self.stride
+        stride = self.stride  # (N, C_in, H, W) -> (N, C_in, H/s, W/s):
         x = F.avg_pool2d(x, stride) if self.pool else x[:, :, ::stride, ::stride]
-        return F.pad(x, self.pad)  # (N, C_in, H, W) -> (N, C, H/s, W/s)
+        return F.pad(x, self.pad)  # (N, C, H/s, W/s)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with BN; the shortcut `downsample` is added where there is one (a plain
-    block has none).
-    """
+    """Two 3x3 convolutions with BN, and the shortcut `downsample`, which a plain block lacks."""
 
-    expansion = 1  # channels that come out, in widths
+    expansion = 1  # output channels, in widths
 
     def __init__(self, config: Config, in_channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -247,9 +228,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A 3x3 convolution between two of 1x1, which make the channels fewer and then four times as
-    many.
-    """
+    """A 3x3 convolution between two of 1x1, which reduce and then expand the channels."""
 
     expansion = 4
 
@@ -271,14 +250,12 @@ class Bottleneck(nn.Module):
 
 
 def conv(in_channels: int, channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    """A convolution that keeps the size of the map, but for its stride."""
+    """Return a convolution that keeps the size of the map, apart from its stride."""
     return nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, bias=False)
 
 
 def make_shortcut(config: Config, in_channels: int, channels: int, stride: int) -> nn.Module | None:
-    """The shortcut of one block: None for a plain one, the identity where nothing changes (but for
-    option C).
-    """
+    """Return the shortcut of one block, None for a plain block."""
     if config.kind == "plain":
         return None
     changes = stride != 1 or in_channels != channels
@@ -291,23 +268,20 @@ def make_shortcut(config: Config, in_channels: int, channels: int, stride: int) 
 
 
 def make_stages(config: Config, in_channels: int) -> list[nn.Sequential]:
-    """The stages; the first block of each but the first makes the map half as large."""
+    """Return the stages. The first block of each, except in the first stage, halves the map."""
     result = []
     for index, (blocks, width) in enumerate(zip(config.blocks, WIDTHS[config.images], strict=True)):
         stage = nn.Sequential()
         for position in range(blocks):
-            stage.append(
-                config.block(config, in_channels, width, 2 if index and not position else 1)
-            )
+            stride = 2 if index and not position else 1
+            stage.append(config.block(config, in_channels, width, stride))
             in_channels = width * config.block.expansion
         result.append(stage)
     return result
 
 
 class ResNet(nn.Module):
-    """A residual network, or its plain counterpart; `config` says which. ValueError for one that
-    does not exist.
-    """
+    """A residual network or its plain counterpart. Raises ValueError if it does not exist."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -328,56 +302,16 @@ class ResNet(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(
-            F.relu(self.bn1(self.conv1(x)))
-        )  # (N, 3, H, W) -> (N, 16, H, W) or (N, 64, H/4, W/4)
+        x = F.relu(self.bn1(self.conv1(x)))  # (N, 3, H, W) -> (N, 16, H, W) or (N, 64, H/2, W/2)
+        x = self.maxpool(x)  # CIFAR-10: unchanged; ImageNet: (N, 64, H/4, W/4)
         for name in self.stages:
-            x = getattr(self, name)(x)  # each but the first halves H and W
+            x = getattr(self, name)(x)  # all but the first halve H and W
         x = x.mean((2, 3))  # (N, C)
         logits: Tensor = self.fc(x)  # (N, classes)
         return logits
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; its exit status."""
-    from models.summary import table
-
-    parser = argparse.ArgumentParser(
-        prog="python -m models.resnet",
-        description="Output shapes, parameters and multiply-adds of a network.",
-    )
-    add = parser.add_argument
-    add(
-        "name",
-        help="resnet-DEPTH or plain-DEPTH: 6n + 2 layers for CIFAR-10, 18, 34, 50, 101 or 152 for ImageNet",
-    )
-    add(
-        "--input",
-        type=int,
-        nargs=4,
-        metavar=("N", "C", "H", "W"),
-        help="default: 1 3 32 32 or 1 3 224 224",
-    )
-    add("--shortcut", choices=OPTIONS["shortcut"], help="default: A for CIFAR-10, B for ImageNet")
-    add(
-        "--stride",
-        choices=OPTIONS["stride"],
-        default="1x1",
-        help="in a bottleneck (default: 1x1, as in the paper)",
-    )
-    add("--classes", type=int, help="default: 10 or 1000")
-    args = parser.parse_args(argv)
-    try:
-        config = parse_name(args.name)
-        for option in ("shortcut", "stride", "classes"):
-            if getattr(args, option) is not None:
-                config = replace(config, **{option: getattr(args, option)})
-        size = SIZES[config.images]
-        print(table(config, args.input or (1, 3, size, size)))
-    except ValueError as error:
-        return report(error)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    import runpy
+
+    runpy.run_module("models.summary", run_name="__main__")

@@ -19,14 +19,15 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from models.messages import is_out_of_memory, one_line, out_of_memory
+from models.messages import is_out_of_memory, one_line, out_of_memory, report
 from models.training.recipe import DECAY, WARM_UP_DEPTH, Recipe
 
 if TYPE_CHECKING:  # importing torch takes seconds, and --help does not need it
     from models.data.cifar10 import Cifar10
 
+EXPECTED = (ValueError, OSError, FloatingPointError)
 KEPT = "what was saved stays, and the same command continues from there"
-LARGEST_SEED = 2**64 - 1  # torch's
+LARGEST = 2**64 - 1  # the largest seed that torch takes
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def parse(argv: list[str] | None) -> Options:
     how = "learning rate 0.01 until the error is below 80 %%; always on from 110 layers on"
     add("--warm-up", action="store_true", help=how)
     add("--seed", type=int, nargs="+", default=[0], metavar="N", help="one run per seed (0)")
-    add("--device", default="auto", help="auto, cpu or cuda (auto)")
+    devices, gpu = ("auto", "cpu", "cuda"), "CUDA_VISIBLE_DEVICES chooses among GPUs"
+    add("--device", choices=devices, default="auto", help=gpu)
     precisions, auto = ("auto", "float32", "bfloat16"), "auto: bfloat16 if the device has it"
     add("--precision", choices=precisions, default="auto", help=auto)
     kept = "networks to keep on the way, the first and the last included (9)"
@@ -119,9 +121,6 @@ def choose_device(name: str) -> str:
     """Return `cuda` or `cpu` for the value of --device."""
     import torch
 
-    if name not in ("auto", "cpu", "cuda"):
-        allowed = "auto, cpu or cuda (CUDA_VISIBLE_DEVICES says which GPU)"
-        raise ValueError(f"--device {name}: unknown; choose {allowed}")
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU; --device cpu trains without one")
     return "cuda" if torch.cuda.is_available() and name != "cpu" else "cpu"
@@ -147,14 +146,10 @@ def check(options: Options) -> None:
     """Raise ValueError if a number among the options is impossible."""
     from models.resnet import check_depth
 
-    bounds = {"iterations": (1, None), "snapshots": (0, None), "seed": (0, LARGEST_SEED)}
-    for name, (least, most) in bounds.items():
-        given: Any = getattr(options, name)
-        for value in given if isinstance(given, list) else [given]:
-            if value < least:
-                raise ValueError(f"--{name} {value}: must be {least} or more")
-            if most is not None and value > most:
-                raise ValueError(f"--{name} {value}: must be {most} or less")
+    given = [("iterations", options.iterations, 1), ("snapshots", options.snapshots, 0)]
+    for name, value, least in [*given, *(("seed", seed, 0) for seed in options.seed)]:
+        if not least <= value <= LARGEST:
+            raise ValueError(f"--{name} {value}: must be {least} to {LARGEST}")
     for depth in options.depth:
         try:
             check_depth(depth)
@@ -168,20 +163,13 @@ def make_recipes(options: Options) -> list[Recipe]:
     Raises ValueError if an option has an impossible value.
     """
     check(options)
-    device = choose_device(options.device)
-    precision = choose_precision(options.precision, device)
+    common: dict[str, Any] = {
+        name: getattr(options, name) for name in ("iterations", "decay", "snapshots")
+    }
+    common["device"] = choose_device(options.device)
+    common["precision"] = choose_precision(options.precision, common["device"])
     return [
-        Recipe(
-            kind,
-            depth,
-            options.iterations,
-            options.decay,
-            seed,
-            device,
-            precision,
-            options.snapshots,
-            warm_up=options.warm_up and depth < WARM_UP_DEPTH,
-        )
+        Recipe(kind, depth, seed=seed, warm_up=options.warm_up and depth < WARM_UP_DEPTH, **common)
         for seed in options.seed
         for depth in options.depth
         for kind in options.kind or ("residual", "plain")
@@ -225,20 +213,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"interrupted: {KEPT}", file=sys.stderr)
         return 130
     except Exception as error:
-        from models.training.loop import Stopped
-
-        if isinstance(error, Stopped):
+        if signal_number := getattr(error, "signal_number", 0):  # loop.Stopped
             print(one_line(error), file=sys.stderr)
-            return 128 + error.number
+            return 128 + signal_number
         short = is_out_of_memory(error)
-        expected = isinstance(error, ValueError | OSError | FloatingPointError)
-        if options.debug or not (short or expected):
+        if options.debug or not (short or isinstance(error, EXPECTED)):
             raise
         advice = f"choose another device or end other programs; {KEPT}"
-        print(
-            f"error: {one_line(out_of_memory(error, advice) if short else error)}", file=sys.stderr
-        )
-        return 2 if short or isinstance(error, ValueError) else 1
+        status = report(out_of_memory(error, advice) if short else error)
+        return status if short or isinstance(error, ValueError) else 1
     return 0
 
 

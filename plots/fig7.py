@@ -152,7 +152,7 @@ def draw_curves(
             sparse = {"dashes": SPARSE} if layers["kind"].iloc[0] == "plain" else {}
             look |= FORMULA | sparse
         lines += panel.plot(x, points["std"], **look)
-        few = points["dominated"].astype(bool).to_numpy()
+        few = points["dominated"].eq(True).fillna(False).to_numpy(bool)
         panel.plot(x[few], points["std"][few], linestyle="", color=look["color"], **RING)
     return lines
 

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -130,10 +131,11 @@ def as_parquet(cells=None, labels=(0, 1)):
     return pd.DataFrame({"img": cells, "label": labels}).to_parquet()
 
 
-def as_batch(data=None, labels=(3, 4)):
+def as_batch(data=None, labels=None):
     """Return a batch of the official python version as bytes."""
     data = np.zeros((2, 3072), np.uint8) if data is None else data
-    return pickle.dumps({b"data": data, b"labels": labels if callable(labels) else list(labels)}, 3)
+    labels = [3, 4] if labels is None else labels
+    return pickle.dumps({b"data": data, b"labels": labels}, 3)
 
 
 def as_archive(*members, mode="w:gz"):
@@ -233,12 +235,12 @@ def snapshot_path(folder, iteration):
     return folder / "snapshots" / f"iteration-{iteration:07}.safetensors"
 
 
-def write_snapshot(folder, iteration, recipe=RECIPE, name=None, **facts):
-    """Write a snapshot of a run, with a card in which `facts` are changed. Return its path."""
-    torch.manual_seed(iteration)
+def write_snapshot(folder, number, recipe=RECIPE, name=None, **facts):
+    """Write the snapshot of an iteration, with a card in which `facts` are changed. Return its path."""
+    torch.manual_seed(number)
     network = randomize_norms(fitting(name or recipe.network, images=blobs(20)))
-    card = asdict(recipe) | {"iteration": iteration, "current_lr": RATES[iteration]} | facts
-    return save(snapshot_path(folder, iteration), network, padding="zero", **card)
+    card = asdict(recipe) | {"iteration": number, "current_lr": RATES[number]} | facts
+    return save(snapshot_path(folder, number), network, padding="zero", **card)
 
 
 def write_run(folder, iterations=tuple(RATES)):
@@ -258,7 +260,7 @@ def assert_same_run(one, other):
     ]
     assert files[0] == files[1] != []
     for file in files[0]:
-        states = [loading.load(run / file).state for run in (one, other)]
+        states = [load_file(run / file) for run in (one, other)]
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 

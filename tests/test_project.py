@@ -10,69 +10,135 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers import README, ROOT, SETUP
 
-README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^python3 -m venv .*$", README, re.MULTILINE)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 BOUNDS = dict(dependency.split(">=") for dependency in PROJECT["dependencies"])
-MODULES = [
-    path for package in ("analysis", "models", "plots") for path in (ROOT / package).rglob("*.py")
-]
+PACKAGES = ("analysis", "models", "plots")
+MODULES = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+TREES = {path: ast.parse(path.read_text()) for path in MODULES}
+SOURCES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in MODULES}
+SOURCES = {name.removesuffix(".__init__"): path for name, path in SOURCES.items()}
+
+
+def run(*words, cwd=ROOT, check=True, **environment):
+    command, environment = [sys.executable, *map(str, words)], os.environ | environment
+    options = {"capture_output": True, "text": True, "check": check}
+    return subprocess.run(command, cwd=cwd, env=environment, **options)
+
+
+# The README
 
 
 def test_the_readme_sets_up_in_two_commands_and_ci_runs_the_second():
-    main_job, tests = COMMANDS
+    main_job, tests = SETUP
     assert "-m analysis.responses" in main_job
     assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == tests
 
 
-def test_the_readmes_options_exist():
-    from analysis.responses import make_parser
-
-    options = {option for action in make_parser()._actions for option in action.option_strings}
-    used = set(re.findall(r"(?<!\S)--[a-z-]+", COMMANDS[0].split("analysis.responses")[1]))
-    assert used
-    assert used <= options
-
-
+@pytest.mark.slow
+@pytest.mark.process
 def test_the_readmes_example_of_the_library_runs(tmp_path):
     """In the tests' folder, with a network of somebody's own."""
     (tmp_path / "mine.py").write_text(
         "import torch\nfrom torch import nn\n"
-        "model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))\nloader = torch.randn(2, 8, 3, 9, 9)\n"
+        "model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))\n"
+        "loader = torch.randn(2, 8, 3, 9, 9)\n"
     )
-    [example] = re.findall("```python\n(.*?)```", README, re.DOTALL)
-    command = [sys.executable, "-c", example]
-    subprocess.run(
-        command, cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    )
+    example = re.findall("```python\n(.*?)```", README, re.DOTALL)[0]
+    run("-c", example, cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert (tmp_path / "fig7.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "responses.csv").read_text().count("\n") == 2
 
 
-def test_no_function_bears_the_name_of_a_module():
-    modules = {path.stem for path in MODULES} - {"__init__"}
+# The layout
+
+
+def test_no_public_function_bears_the_name_of_a_module():
+    modules = {path.stem for path in MODULES} - {"__init__", "__main__"}
     functions = {
         node.name
-        for path in MODULES
-        for node in ast.parse(path.read_text()).body
+        for tree in TREES.values()
+        for node in tree.body
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
     }
     assert not modules & functions
 
 
+def imports_of(name, nodes):
+    """Return the modules of ours that these statements import."""
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name}: a relative import"
+            parts = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {part if part in SOURCES else node.module for part in parts}
+    return {module for module in found if module in SOURCES} - {name}
+
+
 def test_data_flows_one_way():
-    """models and plots know nothing of each other nor of analysis."""
+    """The packages models and plots know nothing of each other nor of analysis."""
+    for name, path in SOURCES.items():
+        package = name.split(".")[0]
+        imported = {module.split(".")[0] for module in imports_of(name, ast.walk(TREES[path]))}
+        assert package == "analysis" or imported <= {package}, path
+
+
+def test_there_is_no_import_cycle():
+    """Imports in functions and for type checkers do not count: they are not run when a module is imported."""
+    graph = {name: imports_of(name, TREES[path].body) for name, path in SOURCES.items()}
+    while leaves := [name for name, imported in graph.items() if not imported & graph.keys()]:
+        for name in leaves:
+            del graph[name]
+    assert graph == {}
+
+
+@pytest.mark.xfail(reason="being rebuilt: issue 35, steps 5 to 7", strict=False)
+def test_folders_and_files_are_small():
+    files = {path.parent: 0 for path in MODULES}
     for path in MODULES:
-        imported = set(
-            re.findall(
-                r"^\s*(?:from|import) (analysis|models|plots)\b", path.read_text(), re.MULTILINE
-            )
-        )
-        package = path.relative_to(ROOT).parts[0]
-        if package != "analysis":
-            assert imported <= {package}, path
+        files[path.parent] += 1
+        assert path.read_text().count("\n") <= 330, path
+    assert {folder: count for folder, count in files.items() if count > 12} == {}
+
+
+IMPORTING = """
+import signal, sys
+before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+import analysis, models, plots
+assert before == {number: signal.getsignal(number) for number in signal.valid_signals()}
+assert sys.excepthook is sys.__excepthook__
+print(sorted({"torch", "pandas", "matplotlib", "numpy"} & set(sys.modules)))
+"""
+
+
+def test_importing_the_library_changes_and_prints_nothing():
+    done = run("-c", IMPORTING)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+HELP = """
+import importlib, sys
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name).main(["--help"])
+    except SystemExit as end:
+        assert not end.code
+print(sorted({"torch", "pandas", "matplotlib"} & set(sys.modules)))
+"""
+
+
+def test_help_does_not_wait_for_torch():
+    """Of all commands in one process."""
+    names = ("responses", "compare", "dynamics", "benchmark", "probe")
+    shown = run("-c", HELP, *(f"analysis.{name}" for name in names), "models.train").stdout
+    assert shown.splitlines()[-1] == "[]"
+    assert shown.count("usage: ") == 6
+    used = set(re.findall(r"(?<!\S)--[a-z-]+", SETUP[0].split("analysis.responses")[1]))
+    assert used
+    assert all(f"  {option}" in shown for option in used)
 
 
 def test_every_test_file_mirrors_a_module():
@@ -81,10 +147,17 @@ def test_every_test_file_mirrors_a_module():
     assert tests <= modules | {Path("models/test_zoo.py")}
 
 
+@pytest.mark.xfail(reason="being rebuilt: tests/models/test_train.py", strict=False)
+def test_no_test_imports_from_another():
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        assert not re.search(r"^from tests\S*\.test_", path.read_text(), re.MULTILINE), path
+
+
+# Dependencies, style and types
+
+
 def test_the_lower_bounds_are_those_that_the_tests_were_run_with():
-    """All but torch, which the machine has. The file also holds what some of them need of their own
-    time.
-    """
+    """All but torch, which the machine has. The file also holds what some of them need of their own time."""
     lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()[1:]
     lowest = dict(line.split("==") for line in lines)
     tools = dict(tool.split(">=") for tool in PROJECT["optional-dependencies"]["test"][:2])
@@ -94,23 +167,20 @@ def test_the_lower_bounds_are_those_that_the_tests_were_run_with():
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     imported = set()
-    for path in MODULES:
-        for node in ast.walk(ast.parse(path.read_text())):
+    for tree in TREES.values():
+        for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(node.module.partition(".")[0])
-    ours = {"analysis", "models", "plots"}
-    assert {
-        {"PIL": "pillow"}.get(name, name) for name in imported - ours - sys.stdlib_module_names
-    } == set(BOUNDS)
+    foreign = imported - set(PACKAGES) - sys.stdlib_module_names
+    assert {{"PIL": "pillow"}.get(name, name) for name in foreign} == set(BOUNDS)
 
 
-@pytest.mark.parametrize(
-    "command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]], ids=" ".join
-)
+STYLE = [("ruff", "check"), ("ruff", "format", "--check"), ("mypy",)]
+
+
+@pytest.mark.parametrize("command", STYLE, ids=" ".join)
 def test_style_and_types(command):
-    run = subprocess.run(
-        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    done = run("-m", *command, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

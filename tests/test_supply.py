@@ -10,7 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.process]
 
 PACKAGES = ("analysis", "models", "plots")
 SHIPPED = {".py", ".csv", ".safetensors", ".webp", ".html"}  # the pictures there are the README's
@@ -20,7 +22,7 @@ try:
     runpy.run_module("analysis.responses", run_name="__main__", alter_sys=True)
 finally:
     ours = [module for name, module in sys.modules.items() if name.split(".")[0] in ("analysis", "models", "plots")]
-    print("\\n".join(sorted(module.__file__ for module in ours)), file=open("imported.txt", "w"))
+    print("\\n".join(sorted(filter(None, (module.__file__ for module in ours)))), file=open("imported.txt", "w"))
 """
 SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
 

@@ -1,6 +1,6 @@
 """What is compared: networks, and groups of them, from checkpoints and from frames.
 
-entries, results, images, files = read_entries(items, groups, options)
+found = read_entries(items, groups, options)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # torch and pandas take seconds to import, and --help needs n
     import pandas as pd
     from torch import Tensor
 
-    from analysis.measuring.networks import Options
+    from analysis.measuring.networks import Measured, Options
     from models.data import ImageSet
 
 
@@ -55,6 +55,7 @@ class Entries:
     """All that is compared, the images it was measured on, and where the numbers come from."""
 
     entries: list[Entry]
+    results: list[Measured]  # of the networks that had to be measured
     images: ImageSet | None
     provenance: dict[str, Any]
 
@@ -118,7 +119,7 @@ def read_entries(items: Sequence[str], groups: Sequence[str], options: Options) 
         entries += [reader.read_group(text) for text in groups]
         members = [str(item.label) for entry, item in reader.waiting if entry.is_group]
         check_labels([entry.label for entry in entries] + members)
-    images, provenance = None, {}
+    images, results, provenance = None, [], {}
     if reader.waiting:
         networks, images = open_networks([item for _, item in reader.waiting], options)
         results = measure_networks(networks, images, options)
@@ -129,7 +130,7 @@ def read_entries(items: Sequence[str], groups: Sequence[str], options: Options) 
             entry.states.append(result.network.checkpoint.state)
     leave()  # if nothing was measured, all processes are still here
     check_frames(entries, advise=not options.sources)
-    return Entries(entries, images, provenance | reader.files)
+    return Entries(entries, results, images, provenance | reader.files)
 
 
 def check_labels(labels: Sequence[str]) -> None:

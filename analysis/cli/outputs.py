@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,30 +120,18 @@ def finite(value: Any) -> Any:
 
 def as_images(name: str, figure: Figure, formats: Sequence[str]) -> dict[str, bytes]:
     """Return a figure as a file of each format, by file name."""
-    import matplotlib as mpl
-
-    from plots.style import RC
-
     files = {}
     for suffix in dict.fromkeys(formats):
         content = io.BytesIO()
-        with mpl.rc_context(RC):
-            figure.savefig(content, format=suffix, dpi=300, metadata=UNDATED.get(suffix))
+        figure.savefig(content, format=suffix, dpi=300, metadata=UNDATED.get(suffix))
         files[f"{name}.{suffix}"] = content.getvalue()
     return files
 
 
-def as_page(
-    name: str,
-    title: str,
-    figures: Iterable[tuple[str, Figure]],
-    table: pd.DataFrame,
-    provenance: Mapping[str, Any],
-) -> dict[str, bytes]:
-    """Return captions and figures, a table of layers and the provenance as one HTML file."""
-    from plots.page import make_page
-
-    return {f"{name}.html": make_page(title, list(figures), table, dict(provenance)).encode()}
+def facts_of(images: ImageSet | None) -> dict[str, str]:
+    """Return what to know first about a page: on which images, when, and by which command."""
+    data = "none: computed from BN's tensors" if images is None else images.describe()
+    return {"images": data, "date": date.today().isoformat(), "command": command_line()}
 
 
 @dataclass(frozen=True)
@@ -194,7 +183,7 @@ def provenance_of(measured: Measured, images: ImageSet | None, options: Options)
         "source": list(dict.fromkeys(measured.frame["source"])),
         "warnings": checkpoint.warnings,
         "versions": versions(),
-        "command": " ".join(["python -m", module_name(), shlex.join(sys.argv[1:])]),
+        "command": command_line(),
         "eps": measured.eps,
     }
     if result is not None and images is not None and checkpoint.preprocessing is not None:
@@ -211,10 +200,13 @@ def provenance_of(measured: Measured, images: ImageSet | None, options: Options)
     return Provenance(**facts)
 
 
-def module_name() -> str:
-    """Return the module that was started with `python -m`, or else the name of the program."""
+def command_line() -> str:
+    """Return the command that runs, as one would type it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
+    program = Path(sys.argv[0]).name
+    if spec is not None:
+        program = f"python -m {spec.name.removesuffix('.__main__')}"
+    return f"{program} {shlex.join(sys.argv[1:])}".rstrip()
 
 
 def versions() -> dict[str, str]:
@@ -230,12 +222,14 @@ def versions() -> dict[str, str]:
     return {"layer-responses": own, "python": python_version(), **packages}
 
 
-def notes_of(images: ImageSet | None) -> list[str]:
+def notes_of(images: ImageSet | None, results: Sequence[Measured]) -> list[str]:
     """Return what has to stand under figures: that images stand in, or are a part of a set."""
-    if images is None:
+    from models.data.probe import Probe
+
+    if images is None or not any(result.measurement for result in results):
         return []
-    if note := images.provenance().get("note"):
-        return [note]
+    if isinstance(images, Probe):
+        return [images.note_for([result.network.checkpoint.digest for result in results])]
     if len(images) < images.total:
         return [f"measured on {len(images):,} of {images.total:,} images"]
     return []

@@ -109,7 +109,7 @@ class Recorder:
         """Return one row a layer and step: `step`, then the columns of analysis.measuring.frame."""
         if not self.records:
             raise ValueError(
-                f"nothing is recorded yet; record(step) records multiples of {self.every}"
+                f"nothing is recorded yet; only multiples of {self.every} are recorded"
             )
         return pd.concat(self.records, names=["step"]).reset_index("step").reset_index(drop=True)
 
@@ -141,9 +141,10 @@ class Recorder:
         try:
             with undisturbed(self.model), measuring(self.model, kernel_size=self.kernel_size) as m:
                 m.add(self.images)
-            result = merge_ranks(m.result())
+            own: Measurement | ValueError = m.result()
         except ValueError as error:
-            result = merge_ranks(error)
+            own = error
+        result = merge_ranks(own)
         return self._select(result.to_frame(self.network), {**result.unpaired, **result.unseen})
 
     def _select(self, frame: pd.DataFrame, doubts: dict[str, str]) -> pd.DataFrame:

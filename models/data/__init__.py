@@ -1,7 +1,7 @@
 """Images to measure on: CIFAR-10, the probe set, and folders of images of any size.
 
->>> from models.data import probe
->>> images, labels = next(probe.load().batches(100))
+>>> from models import data
+>>> images, labels = next(data.load("probe").batches(100))
 >>> images.shape
 (100, 32, 32, 3)
 """
@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -44,6 +45,21 @@ class ImageSet(Protocol):
     def batches(self, size: int, first: int = 0, end: int | None = None) -> Iterator[Batch]: ...
     def describe(self) -> str: ...
     def provenance(self) -> dict[str, Any]: ...
+
+
+def load(name: str | Path, split: str = "test", side: int = 32) -> ImageSet:
+    """Load images; OSError or ValueError if they are not there or damaged.
+
+    name: `probe`, `cifar10` (which is found or downloaded), or a path.
+    side: 32 to read CIFAR-10 from the path, 224 to read a folder of images of any size.
+    """
+    from models.data import cifar10, folder, probe
+
+    if side == folder.CROP:
+        return folder.ImageFolder.open(name)
+    if name == "probe":
+        return probe.load()
+    return cifar10.load(None if name == "cifar10" else name, split)
 
 
 def evenly_spaced(total: int, count: int) -> np.ndarray:

@@ -28,9 +28,7 @@ from models.data.formats import NoData, OtherData
 from models.data.labels import CLASSES
 
 SIZES = {"test": 10_000, "train": 50_000}
-
-# See `digest`
-DIGESTS = {
+DIGESTS = {  # see `digest`
     "test": "899683d46c3a8c66fd56e1af12202e69fe5a4517be10b0f68e04c78fe585c57c",
     "train": "d59acf989e068e709ce686cda292672c7b212c08d29d3d3e6d8c3aa99eba6a85",
 }
@@ -84,7 +82,7 @@ class Cifar10(Images):
     """The images of one split of CIFAR-10, or a part of them.
 
     missing: the files of the split that are known to be missing.
-    digest: of the whole split as it was read; see `digest`.
+    digest: of the whole split, as it was read now; see the function `digest`.
     """
 
     split: str

@@ -255,7 +255,7 @@ def collect(parts: Iterator[Part], name: str) -> tuple[np.ndarray, np.ndarray]:
     for some, theirs in parts:
         end, array = count + len(some), np.asarray(theirs)
         if array.ndim != 1 or array.dtype.kind not in "iu" or np.any((array < 0) | (array > 9)):
-            raise ValueError(f"{name}: a label is not an integer from 0 to 9")
+            raise OtherData(f"{name}: a label is not an integer from 0 to 9")
         if end > ROWS:
             raise OtherData(f"{name}: far larger than CIFAR-10")
         images[count:end], labels[count:end] = some, array

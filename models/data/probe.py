@@ -65,10 +65,10 @@ class Probe(Images):
         other = max(n["mean"] for n in networks if not n["made_with"])
         more = f": {100 * other:.1f} %" if known else ", the worst"
         more = "" if len(known) == len(set(digests)) else f" (networks not used for it{more})"
-        count = count_images(len(self), self.total)
+        count, error = count_images(len(self), self.total), 100 * max(known, default=other)
         return (
-            f"measured on the probe set ({count} synthetic images in place of CIFAR-10): std within\n"
-            f"{100 * max(known, default=other):.1f} % of the test set's in the mean over layers{more}"
+            f"measured on the probe set ({count} synthetic images in place of CIFAR-10): std within"
+            f"\n{error:.1f} % of the test set's in the mean over layers{more}"
         )
 
     def describe(self) -> str:

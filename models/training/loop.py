@@ -1,10 +1,10 @@
 """A network in training: from the state in its folder to the last iteration, and what it writes.
 
 The folder of a run holds config.json, state.safetensors, metrics.csv, snapshots/ and the finished
-network, whose BN statistics are those of one batch of 10,000 augmented training images. A run that
-was interrupted ends with the same tensors, bit for bit, as one that was not, if it continues on the
-same CPU with the same number of threads and the same versions. It may also continue on another
-machine or in another precision; the card of the finished network then names both.
+network, whose BN statistics are those of one batch of 10,000 augmented training images. On the same
+CPU, threads and versions, an interrupted run ends with the same tensors, bit for bit, as one that
+was not interrupted. It may also continue on another machine or in another precision; the card of
+the finished network then names both.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ COMPILER = ("torch._dynamo", "torch._inductor")  # modules of torch.compile's er
 
 
 class Stopped(Exception):
-    """A signal ended the run. number: of the signal."""
+    """A signal ended the run."""
 
     def __init__(self, number: int, kept: str) -> None:
         name = signal.Signals(number).name
         super().__init__(f"stopped by {name}: {kept}; the same command continues from there")
-        self.number = number
+        self.signal_number = number
 
 
 class Training:
@@ -87,8 +87,7 @@ class Training:
             if not type(error).__module__.startswith(COMPILER):
                 raise
             needs = "torch.compile needs Triton and a C compiler; --device cpu trains without them"
-            message = f"the network cannot be compiled for this GPU ({error}): {needs}"
-            raise ValueError(message) from error
+            raise ValueError(f"cannot compile for this GPU ({error}): {needs}") from error
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything that a step changes, by name."""
@@ -160,19 +159,19 @@ class Training:
         self.pending.clear()
 
     def diverged(self, what: str, iteration: int) -> FloatingPointError:
+        """Return the error that says at which iteration training failed, and what to do."""
         lr = self.recipe.learning_rate(iteration, self.progress.warming_up)
-        advice = "--seed" if self.recipe.warms_up else "--seed, or --warm-up"
-        return FloatingPointError(
-            f"{self.folder}: diverged: {what} at iteration {iteration}, learning rate {lr:g}; "
-            f"{STATE} keeps the last good state (iteration {self.saved}); the same command would "
-            f"diverge again: choose another {advice}"
-        )
+        other = "--seed" if self.recipe.warms_up else "--seed, or --warm-up"
+        where = f"{what} at iteration {iteration}, learning rate {lr:g}"
+        kept = f"{STATE} keeps the last good state (iteration {self.saved})"
+        advice = f"the same command would diverge again: choose another {other}"
+        return FloatingPointError(f"{self.folder}: diverged: {where}; {kept}; {advice}")
 
     def means(self) -> dict[str, float]:
         """Return the mean loss, and the training error in %, since the last row."""
-        progress, images = self.progress, self.progress.batches * self.recipe.batch
-        error = 100 * progress.wrong / images
-        return {"loss": progress.loss / progress.batches, "train_error": error}
+        loss, batches = self.progress.loss, self.progress.batches
+        error = 100 * self.progress.wrong / (batches * self.recipe.batch)
+        return {"loss": loss / batches, "train_error": error}
 
     def speed(self) -> float:
         """Return images/s over the whole run so far, evaluations included."""
@@ -227,8 +226,8 @@ class Training:
         """Go back to the state in the folder, if there is one."""
         path, own = self.folder / STATE, self.tensors()
         if path.exists():
-            length, images = self.recipe.iterations, self.data.digest
-            self.progress, saved = states.read_state(path, length, images, own)
+            known = self.recipe.iterations, self.data.digest, own
+            self.progress, saved = states.read_state(path, *known)
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
         elif (old := self.folder / OLD_STATE).exists():
@@ -247,23 +246,22 @@ class Training:
         loading.save(path, self.network, inputs, crop_padding="zero", training=card)
 
     def snapshot(self) -> None:
+        """Keep the network as it is, with the learning rate of the step that led here."""
         self.check()
         iteration = self.progress.iteration
-        before = max(iteration - 1, 0)  # the step that led here
-        lr = self.recipe.learning_rate(before, self.progress.warming_up)
+        lr = self.recipe.learning_rate(max(iteration - 1, 0), self.progress.warming_up)
         path = self.folder / "snapshots" / f"iteration-{iteration:07}.safetensors"
         self.write_network(path, current_lr=lr, bn_statistics="moving averages")
 
     def finish(self, stop: Callable[[], int]) -> str:
-        """Recompute BN's statistics, test, and write the finished network. Return a summary."""
+        """Recompute BN's statistics, test in float32, and write the network. Return a summary."""
         recipe, x = self.recipe, self.data.statistics_batch()
-        norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in self.network.modules())
-        total = norms + math.ceil(len(self.data.test[0]) / TEST_BATCH)
+        norms = [m for m in self.network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        total = len(norms) + math.ceil(len(self.data.test[0]) / TEST_BATCH)
         display = Display(f"{recipe.label}, final statistics and test", total)
         with display.bar:
             recipes.recompute_statistics(self.network, x, display.advance)
-            full = replace(recipe, precision="float32")  # as users of the network will test it
-            error = self.test_error(full, display.advance)
+            error = self.test_error(replace(recipe, precision="float32"), display.advance)
         self.heed(stop)
         versions = {module.__name__: module.__version__ for module in (torch, np)}
         self.write_network(
@@ -278,8 +276,8 @@ class Training:
             device_name="; ".join(self.progress.machines),
             versions={"python": platform.python_version(), **versions},
         )
-        summary = f"test error {error:.2f} %, mean std {self.mean_std():.3f}"
-        return f"{summary}, {self.speed():.0f} images/s"
+        std, speed = self.mean_std(), self.speed()
+        return f"test error {error:.2f} %, mean std {std:.3f}, {speed:.0f} images/s"
 
 
 def run(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from models import data
 from models.data.folder import CROP, RESIZE, SUFFIXES, ImageFolder, crop
 
 
@@ -77,10 +78,12 @@ def test_without_the_whole_set_of_classes_there_are_no_labels(names, why, tmp_pa
     assert f"images in {len(names)} class folders" in folder.describe()
 
 
-def test_a_part_says_so(classes):
-    part = ImageFolder.open(classes).some(3)
-    assert part.describe().startswith(f"3 of 7 images in 2 class folders ({classes})")
-    assert (len(part), part.total, part.labels.tolist()) == (3, 7, [0, 1, 1])
+def test_images_are_loaded_by_name(classes):
+    assert (data.load("probe").side, data.load(classes, side=224).side) == (32, 224)
+    with pytest.raises(FileNotFoundError, match="no CIFAR-10 train images found"):
+        data.load("cifar10", "train")
+    with pytest.raises(ValueError, match="CIFAR-10's images have 32x32"):
+        data.load(classes)
 
 
 def test_a_flat_folder_has_no_labels(tmp_path):
@@ -115,8 +118,11 @@ def test_a_part_of_the_images(classes):
     assert set(folder.digests) == set(folder.files[1:4])  # threads end in any order
 
 
-def test_a_sample_is_spread_over_the_files(classes):
+def test_a_part_is_spread_over_the_files_and_says_so(classes):
     folder = ImageFolder.open(classes)
+    part = folder.some(3)
+    assert part.describe().startswith(f"3 of 7 images in 2 class folders ({classes})")
+    assert (len(part), part.total, part.labels.tolist()) == (3, 7, [0, 1, 1])
     expected = [folder.decode(folder.files[i]) for i in (0, 3, 6)]
     assert np.array_equal(folder.sample(3), np.stack(expected))
     assert folder.sample(99).shape == (7, CROP, CROP, 3)
@@ -161,15 +167,11 @@ def test_other_modes_become_rgb(tmp_path):
     sixteen = Image.fromarray(grey.astype(np.uint16) * 257)
     transparent = Image.fromarray(np.dstack([grey] * 3 + [np.full_like(grey, 255)]))
     expected = np.dstack([grey[16:240, 16:240]] * 3)
-    for name, image in (
-        ("grey", Image.fromarray(grey)),
-        ("sixteen", sixteen),
-        ("alpha", transparent),
-    ):
+    images = {"grey": Image.fromarray(grey), "sixteen": sixteen, "alpha": transparent}
+    for name, image in images.items():
         image.save(tmp_path / f"{name}.png")
-        assert np.array_equal(
-            ImageFolder.open(tmp_path).decode(tmp_path / f"{name}.png"), expected
-        ), name
+        decoded = ImageFolder.open(tmp_path).decode(tmp_path / f"{name}.png")
+        assert np.array_equal(decoded, expected), name
 
 
 def test_an_animation_is_its_first_image(tmp_path):

@@ -1,10 +1,9 @@
-"""The recipe: schedule, decay, batches, one step, and the statistics at the end."""
+"""The recipe: schedule, decay, one step, and the statistics at the end."""
 
 import copy
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,7 +12,6 @@ from models.training.recipe import (
     WARM_UP_DEPTH,
     WARM_UP_ERROR,
     Recipe,
-    batch_indices,
     compiled_blocks,
     new_network,
     new_optimizer,
@@ -87,18 +85,6 @@ def test_step_is_sgd_with_momentum_and_decay():
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize(
-    ("size", "epochs"), [(100, 8), (10, 80)]
-)  # a batch may be larger than the data
-def test_every_image_once_per_epoch_and_every_batch_full(size, epochs):
-    batches = [batch_indices(SMALL, size, iteration) for iteration in range(25)]
-    assert {len(batch) for batch in batches} == {32}
-    orders = np.concatenate(batches).reshape(epochs, size)
-    assert (np.sort(orders) == np.arange(size)).all()
-    assert len({tuple(order) for order in orders}) == epochs
-    assert not np.array_equal(batches[0], batch_indices(replace(SMALL, seed=1), size, 0))
-
-
 def test_initial_network_depends_on_the_seed_alone():
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -132,7 +118,11 @@ def test_bn_statistics_are_those_of_the_batch():
             module.register_forward_pre_hook(keep(name))
     with torch.no_grad():
         reference(x.double())
-    recompute_statistics(network, x.contiguous(memory_format=torch.channels_last))
+    layers = []
+    x = x.contiguous(memory_format=torch.channels_last)
+    recompute_statistics(network, x, lambda: layers.append("done"))
+    assert len(layers) == 7
+    assert not any(module._forward_hooks for module in network.modules())
     found = {name: buffer for name, buffer in network.named_buffers() if "num" not in name}
     assert found.keys() == expected.keys()
     for name, buffer in found.items():
@@ -164,17 +154,13 @@ def test_precision_is_that_of_the_convolutions(precision):
     assert loss.dtype == torch.float32
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor"
-)  # torch's own look at what it compiles
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's compiler looks
 def test_compiled_blocks_compute_the_same_and_share_their_compilations(monkeypatch):
-    """With a stand-in for what makes kernels of a graph: that needs a compiler, and half a minute."""
+    """A stand-in replaces torch's backend, which needs a compiler and half a minute."""
     graphs = []
 
     def backend(graph, inputs):
-        assert all(
-            isinstance(value, torch.Tensor) for value in inputs
-        )  # no size is a variable: kernels know them
+        assert all(isinstance(value, torch.Tensor) for value in inputs)  # no size is a variable
         graphs.append(graph)
         return graph
 
@@ -186,10 +172,8 @@ def test_compiled_blocks_compute_the_same_and_share_their_compilations(monkeypat
         with compiled_blocks(other):
             logits = other(x)
         assert torch.equal(logits, one(x))
-        assert (
-            len(graphs) == 5
-        )  # of 9 blocks: in each stage those after the first are alike, in the first stage all
+        assert len(graphs) == 5  # 1 for the first stage, 2 for each of the others
         assert other.state_dict().keys() == one.state_dict().keys()
         other(x[:2])
-        assert len(graphs) == 5  # it is as it was: this would be another shape
+        assert len(graphs) == 5  # not compiled: this shape would need other graphs
         assert not any("forward" in vars(module) for module in other.modules())
