@@ -107,15 +107,17 @@ def closed_form(
 
 
 def fetch_vectors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict whose vectors are on the CPU, after one transfer from a GPU."""
-    vectors = {
-        name: x for name, x in state.items() if x.ndim == 1 and x.is_floating_point() and x.is_cuda
-    }
-    if not vectors:
-        return dict(state)
-    together = torch.cat(list(vectors.values())).cpu()
-    parts = torch.split(together, [len(x) for x in vectors.values()])
-    return {**state, **dict(zip(vectors, parts, strict=True))}
+    """Return a state dict whose vectors and counters are on the CPU: one transfer for each device."""
+    fetched = dict(state)
+    # All of them as bytes in one vector, wide dtypes first, so that each one is aligned.
+    small = sorted((x for x in state if state[x].ndim < 2), key=lambda x: -state[x].itemsize)
+    for device in {state[name].device for name in small}:
+        names = [name for name in small if state[name].device == device]
+        parts = [state[name].reshape(-1).contiguous().view(torch.uint8) for name in names]
+        together = torch.cat(parts).cpu()
+        for name, part in zip(names, torch.split(together, [*map(len, parts)]), strict=True):
+            fetched[name] = part.view(state[name].dtype).view(state[name].shape)
+    return fetched
 
 
 def spreads(

@@ -12,8 +12,8 @@ from analysis.measuring.recorder import Recorder
 class RecorderCallback(TrainerCallback):
     """Record after optimizer steps: trainer.add_callback(RecorderCallback(trainer, every=100)).
 
-    The numbers go where the trainer's other logs go. `callback.recorder` has the records.
-    options: arguments of `Recorder` but the model.
+    The numbers go where the trainer's other logs go. `callback.recorder` holds the records.
+    options: arguments of `Recorder` except for the model.
     """
 
     def __init__(self, trainer: Trainer, **options: Any) -> None:

@@ -12,7 +12,7 @@ from analysis.measuring.recorder import Recorder
 class RecorderCallback(Callback):
     """Record after optimizer steps and send the numbers to the trainer's loggers.
 
-    options: arguments of `Recorder` but the model. `callback.recorder` has the records.
+    options: arguments of `Recorder` except for the model. `callback.recorder` holds the records.
     """
 
     def __init__(self, **options: Any) -> None:

@@ -1,11 +1,4 @@
-"""Record the responses of a network while it trains, in anybody's training loop.
-
-recorder = Recorder(model, every=100)
-for step, (images, labels) in enumerate(loader, start=1):
-    train(images, labels)
-    run.log(recorder.record(step))  # any logger that takes a dict of numbers
-recorder.save("dynamics.csv")
-"""
+"""Record the responses of a network while it trains, in anybody's loop; see docs/training.md."""
 
 from __future__ import annotations
 
@@ -28,37 +21,34 @@ from analysis.measuring.batches import device_of
 from analysis.measuring.frame import make_frame
 from analysis.measuring.measurement import Measurement, measuring, name_of, network_in, unwrapped
 from analysis.measuring.norms import is_norm
+from analysis.measuring.pairs import list_reasons
 from models.batchnorm import closed_form
 from models.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LISTED = 80  # characters of names in a message
-
 
 class Recorder:
     """Record the std of every layer's response at chosen steps of a training.
 
-    Without `images` a record is the closed form (see models.batchnorm): no forward pass, and one
-    transfer from a GPU. Recording leaves weights, buffers, training flags and random numbers as
-    they were, and no hook stays in the network: the losses are the same to the last bit.
+    Without `images` a record is the closed form (models.batchnorm): no forward pass, one transfer
+    from a GPU. Recording leaves weights, buffers, training flags and random numbers as they were,
+    and no hook stays in the network: the losses of the training are the same to the last bit.
 
     With torch.distributed, create the recorder and call `record` on every rank. Rank 0 returns the
     numbers, the other ranks return {}. With `images`, the ranks' images are merged.
 
-    model: the network that is trained. A wrapper (DistributedDataParallel, torch.compile) is left
-        out of the names.
+    model: the network that is trained, as it is or wrapped by torch.compile or DDP.
     every: steps from one record to the next.
     images: a fixed batch, normalised as for training: a tensor (N, C, H, W), (images, labels), or a
-        dict of tensors. The network runs on it in evaluation mode, measured by hooks. Without
-        images, the numbers hold for the data whose statistics BN recorded.
+        dict of tensors. The network runs on it in evaluation mode, measured by hooks.
     layers: patterns such as "layer3.*" for the names of the convolutions to record; None for all.
     network: the label in the frame and the figure; by default resnet-20 or the class of the model.
     kernel_size: of the convolutions to record.
 
     Raises ValueError if there is nothing to record: no BN, no such convolution before a BN, or no
-    layer that matches a pattern.
+    layer that matches a pattern. Later, if a record fails, `record` warns and returns {}.
 
     >>> from models import build
     >>> recorder = Recorder(build("resnet-8"), every=10, layers="layer1.*")
@@ -82,10 +72,9 @@ class Recorder:
             raise ValueError(f"every={every}: the number of steps between records is 1 or more")
         self.model, self.every, self.images = unwrapped(model), every, images
         self.layers = [layers] if isinstance(layers, str) else layers
-        self.network = network or name_of(model)
-        self.kernel_size = kernel_size
+        self.network, self.kernel_size = network or name_of(model), kernel_size
         self.records: dict[int, pd.DataFrame] = {}  # by step, in ascending order
-        self.attrs: dict[Any, Any] = {}  # what the last record says of its pairs, for the frame
+        self.doubts: dict[str, str] = {}  # why convolutions are not recorded or in doubt, by name
         if not any(is_norm(module) for module in self.model.modules()):
             raise ValueError(
                 f"{self.network} has no BN, so it has no response to record; "
@@ -93,13 +82,6 @@ class Recorder:
             )
         if images is None:
             self._compute()  # raises now, not at the first record
-        if self.attrs.get("ambiguous"):
-            pairs = shorten(", ".join(self.attrs["ambiguous"]), LISTED)
-            warnings.warn(
-                f"{self.network}: names and order of the modules disagree on which BN follows which "
-                f"convolution ({pairs}); images= tells by a forward pass",
-                stacklevel=2,
-            )
 
     def record(self, step: int) -> dict[str, float]:
         """Record the responses if `step` is a multiple of `every`.
@@ -112,21 +94,24 @@ class Recorder:
         step = index(step)
         if step % self.every or step == next(reversed(self.records), None):
             return {}
-        rank, _ = ranks()
-        if rank and self.images is None:
+        if self.images is None and ranks()[0]:
             return {}
-        frame = self._compute() if self.images is None else self._measure()
+        try:
+            frame = self._compute() if self.images is None else self._measure()
+        except ValueError as error:  # a diverged network: the training decides what to do about it
+            warnings.warn(f"step {step} is not recorded: {error}", stacklevel=2)
+            return {}
         earlier = {past: kept for past, kept in self.records.items() if past < step}
         self.records = earlier | {step: frame}
-        return {} if rank else as_values(frame)
+        return {} if ranks()[0] else as_values(frame)
 
     def frame(self) -> pd.DataFrame:
         """Return one row a layer and step: `step`, then the columns of analysis.measuring.frame."""
         if not self.records:
-            raise ValueError(f"nothing recorded yet: no step was a multiple of {self.every}")
-        frame = pd.concat(self.records, names=["step"]).reset_index("step").reset_index(drop=True)
-        frame.attrs = dict(self.attrs)
-        return frame
+            raise ValueError(
+                f"nothing is recorded yet; only multiples of {self.every} are recorded"
+            )
+        return pd.concat(self.records, names=["step"]).reset_index("step").reset_index(drop=True)
 
     def plot(self) -> Figure:
         """Draw the std of every layer at every recorded step, and the mean over layers below it."""
@@ -145,25 +130,36 @@ class Recorder:
         """Return the frame by the closed form."""
         rows = closed_form(self.model, self.kernel_size)
         kind, depth = network_in(self.model)
-        frame = make_frame(rows, network=self.network, kind=kind, depth=depth, source="batchnorm")
-        frame.attrs = rows.attrs
-        return self._select(frame)
+        doubts = dict.fromkeys(rows.attrs["ambiguous"], "names and order do not agree on this pair")
+        return self._select(
+            make_frame(rows, network=self.network, kind=kind, depth=depth, source="batchnorm"),
+            {**rows.attrs["unpaired"], **doubts},
+        )
 
     def _measure(self) -> pd.DataFrame:
         """Return the frame measured on the images, those of all ranks together."""
-        with undisturbed(self.model), measuring(self.model, kernel_size=self.kernel_size) as by:
-            by.add(self.images)
-        return self._select(merge_ranks(by.result()).to_frame(self.network))
+        try:
+            with undisturbed(self.model), measuring(self.model, kernel_size=self.kernel_size) as m:
+                m.add(self.images)
+            own: Measurement | ValueError = m.result()
+        except ValueError as error:
+            own = error
+        result = merge_ranks(own)
+        return self._select(result.to_frame(self.network), {**result.unpaired, **result.unseen})
 
-    def _select(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """Return the rows whose names match a pattern, and keep the attrs."""
-        self.attrs, frame.attrs = frame.attrs, {}
+    def _select(self, frame: pd.DataFrame, doubts: dict[str, str]) -> pd.DataFrame:
+        """Return the rows that match a pattern, and warn of doubts if they are new."""
+        if doubts != self.doubts:
+            words = f"{self.network}: not recorded, or in doubt: {list_reasons(doubts)}"
+            hint = "; images= tells by a forward pass" if self.images is None else ""
+            warnings.warn(words + hint, stacklevel=4)
+        self.doubts, frame.attrs = doubts, {}
         if self.layers is None:
             return frame
         matching = [fnmatch.filter(frame["name"], pattern) for pattern in self.layers]
         if [] in matching:
             pattern = self.layers[matching.index([])]
-            names = shorten(", ".join(frame["name"]), LISTED)
+            names = shorten(", ".join(frame["name"]), width=80)
             raise ValueError(f"layers: {pattern!r} matches none of {self.network}'s: {names}")
         return frame[frame["name"].isin(chain(*matching))].reset_index(drop=True)
 
@@ -194,9 +190,12 @@ def ranks() -> tuple[int, int]:
     return (distributed.get_rank(), distributed.get_world_size()) if joined else (0, 1)
 
 
-def merge_ranks(result: Measurement) -> Measurement:
-    """Return what all ranks measured; every rank must call this."""
-    results = [result] * ranks()[1]
+def merge_ranks(result: Measurement | ValueError) -> Measurement:
+    """Return what all ranks measured, or raise the error of one of them; every rank calls this."""
+    results: list[Any] = [result] * ranks()[1]
     if len(results) > 1:
         distributed.all_gather_object(results, result)
-    return reduce(Measurement.merge, results)
+    if errors := [each for each in results if isinstance(each, ValueError)]:
+        raise errors[0]
+    merged: Measurement = reduce(Measurement.merge, results)
+    return merged

@@ -88,11 +88,14 @@ def find_step(file: CheckpointFile, regex: Regex) -> tuple[int, CheckpointFile, 
     for key in PROGRESS if regex is None else ():
         if type(step := facts.get(key)) is int and 0 <= step < 2**62:
             return step, file, f"{key} in the file"
-    numbers = numbers_in(name) if regex is None else re.findall(regex, name)
+    try:
+        numbers = numbers_in(name) if regex is None else re.findall(regex, name)
+    except re.error as error:
+        raise ValueError(f"--step-regex {regex}: not a regular expression: {error}") from error
     if len(numbers) != 1 or not str(numbers[0]).isdecimal():
         raise ValueError(
-            f"{path}: its step is unknown: there are {len(numbers)} numbers in its name that may be "
-            r"it; say where the number is, such as --step-regex 'net-(\d+)'"
+            f"{path}: its step is unknown: {len(numbers)} numbers in its name may be the step; "
+            r"--step-regex 'net-(\d+)', for example, says which one is"
         )
     return int(numbers[0]), file, "its name"
 

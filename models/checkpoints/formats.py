@@ -70,8 +70,10 @@ def parse(data: bytes, suffix: str) -> Content:
 
 def parse_safetensors(data: bytes, header: bytes) -> Content:
     try:
-        tensors = safetensors.torch.load(data)
-        metadata = json.loads(header).get("__metadata__", {})
+        found = safetensors.torch.load(data)  # in random order; the header has that of the file
+        names = json.loads(header)
+        metadata = names.pop("__metadata__", {})
+        tensors = {name: found[name] for name in names}
     except Exception as error:  # a stranger's bytes
         raise Unreadable(f"damaged or truncated safetensors file ({error})") from error
     return Content(tensors, {}, metadata)

@@ -201,8 +201,7 @@ class Training:
 
     def mean_std(self) -> float:
         """Return the mean over layers of the std of the response, in closed form."""
-        state = {name: tensor.cpu() for name, tensor in self.network.state_dict().items()}
-        return float(closed_form(state)["std"].mean())
+        return float(closed_form(self.network)["std"].mean())
 
     def write_rows(self) -> None:
         with replacing(self.folder / METRICS) as path, open(path, "w", newline="") as file:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from analysis.measuring.steps import find_snapshots
-from models import build
+from models import build, closed_form
 from models.checkpoints import loading
 from models.data.preprocessing import PRESETS
 
@@ -73,6 +73,15 @@ def test_folders_of_transformers(tmp_path):
     assert steps(tmp_path / "checkpoint-500") == {"model.safetensors": 500}
 
 
+def test_tensors_of_safetensors_files_keep_an_order(tmp_path):
+    """Their order tells which layers there are."""
+    model = build("resnet-20")
+    save_file(model.state_dict(), tmp_path / "net_1.safetensors")
+    [snapshot], _ = find_snapshots([tmp_path])
+    names = closed_form(snapshot.file.tensors)["name"].tolist()
+    assert names == closed_form(model)["name"].tolist()
+
+
 def test_a_regex_finds_the_step_in_other_names(tmp_path):
     save(tmp_path / "net-20-7k.pth", epoch=1)
     assert steps(tmp_path, step_regex=re.compile(r"(\d+)k")) == {"net-20-7k.pth": 7}
@@ -125,7 +134,7 @@ def test_nothing_to_read_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint in it; a checkpoint is"):
         find_snapshots([tmp_path])
     (tmp_path / "a_1.pth").write_bytes(b"PK")
-    with pytest.raises(ValueError, match="a_1.pth: not a checkpoint"):
+    with pytest.raises(ValueError, match=r"a_1\.pth: not a checkpoint"):
         find_snapshots([tmp_path])
     with pytest.raises(FileNotFoundError):
         find_snapshots([tmp_path / "missing.pth"])
