@@ -239,6 +239,7 @@ class Pairs:
     convs: dict[str, Tensor] = field(default_factory=dict)
     norms: list[str] = field(default_factory=list)
     leaves: dict[str, list[str]] = field(default_factory=dict)
+    children: dict[str, list[str]] = field(default_factory=dict)  # convolutions, by their module
 
     def __post_init__(self) -> None:
         self.sorted = is_sorted(self.state)
