@@ -31,6 +31,7 @@ from models.training.recipe import Recipe
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 README = (ROOT / "README.md").read_text()
+PAGES = README + "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
 SETUP = re.findall(r"^python3 -m venv .*$", README, re.MULTILINE)  # the README's two commands
 AKAMASTER = {20: "resnet20-12fca82f.th", 56: "resnet56-4bfd9763.th"}
 
@@ -80,8 +81,8 @@ def succeed(line, *words):
 
 
 def readme_command(words):
-    """Return the README's command that begins so, as a line for `run`."""
-    [line] = re.findall(rf"^python -m analysis\.({words}.*)$", README, re.MULTILINE)
+    """Return the command of the README or of docs/ that begins so, as a line for `run`."""
+    [line] = re.findall(rf"^python -m analysis\.({words}.*)$", PAGES, re.MULTILINE)
     return line
 
 

@@ -13,7 +13,7 @@ from models import build, closed_form
 from models.checkpoints import loading
 from models.data import probe
 from tests.helpers import (
-    README,
+    PAGES,
     ROOT,
     files_in,
     frame,
@@ -181,10 +181,10 @@ def test_the_same_command_writes_the_same_bytes(seeds, tmp_path):
 
 @pytest.mark.real
 def test_the_public_checkpoints_and_the_shipped_networks(akamaster, out, monkeypatch):
-    """The README shows the command and all of its output."""
+    """The documentation shows the command and all of its output."""
     monkeypatch.chdir(ROOT)
     printed = succeed(f"{readme_command('compare')} --out {out}").out
-    assert f"```text\n{printed.strip()}\n```".replace(str(out), "figures") in README
+    assert f"```text\n{printed.strip()}\n```".replace(str(out), "figures") in PAGES
     assert read_table(out / "compare.csv").groupby(["first", "second"]).ngroups == 6
 
 

@@ -19,7 +19,7 @@ from models.checkpoints import loading
 from models.data import cifar10, probe
 from models.data.preprocessing import PRESETS
 from tests.helpers import (
-    README,
+    PAGES,
     ROOT,
     SETUP,
     files_in,
@@ -54,12 +54,12 @@ def provenance(out):
 @pytest.mark.slow
 @pytest.mark.real
 def test_the_readmes_first_command(shared_cifar10, out):
-    """Five networks on some real images. The README shows the lines on networks and preprocessing."""
+    """Five networks on some real images. The documentation shows the lines on networks and preprocessing."""
     line = SETUP[0].split("-m analysis.")[1]
     printed = succeed(f"{line} --data {shared_cifar10} --images 64 --out {out} {SVG}").out
     said = printed.partition("\n\n")[0].splitlines()[1:]
     assert len(said) == 10
-    assert "\n".join(said) in README
+    assert "\n".join(said) in PAGES
     layers = {"plain-20": 19, "plain-56": 55, "resnet-20": 19, "resnet-56": 55, "resnet-110": 109}
     assert frame_in(out).groupby("network", sort=False).size().to_dict() == layers
     claims = read_table(out / "claims.csv")
@@ -73,10 +73,10 @@ def test_the_readmes_first_command(shared_cifar10, out):
 @pytest.mark.slow
 @pytest.mark.real
 def test_two_public_checkpoints(akamaster, shared_cifar10, out, monkeypatch):
-    """The README shows the command and all of its output."""
+    """The documentation shows the command and all of its output."""
     monkeypatch.chdir(ROOT)
     printed = succeed(f"{readme_command('responses --checkpoint')} --out {out}").out
-    assert f"```text\n{printed.strip()}\n```".replace(str(out), "figures") in README
+    assert f"```text\n{printed.strip()}\n```".replace(str(out), "figures") in PAGES
     frame = frame_in(out)
     parts = [frame[frame["source"] == source].reset_index() for source in ("hooks", "batchnorm")]
     means = parts[0].groupby("network")["std"].mean()

@@ -12,6 +12,7 @@ import models
 from models import zoo
 from models.data import probe
 from models.files import sha256
+from tests.helpers import ROOT
 
 CARD = {
     "count": 35,
@@ -131,7 +132,7 @@ COLUMNS = (
 
 
 def test_the_page_shows_the_errors_of_its_card():
-    page = (probe.SHIPPED.parent / "PROBE.md").read_text()
+    page = (ROOT / "docs" / "probe-set.md").read_text()
     rows = [line for line in page.splitlines() if re.match(r"\| [a-z]+-[0-9]", line)]
     networks = probe.load().card["networks"]
     for row, (label, network) in zip(rows, networks.items(), strict=True):
