@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help 
     from torch import Tensor
 
     from analysis.cli.items import Plan
-    from analysis.measuring.measurement import Measurement
+    from analysis.measuring.result import Measurement
     from analysis.probe_set.synthesis import Spectrum
     from models.data.cifar10 import Cifar10
 
@@ -130,8 +130,8 @@ def run(args: argparse.Namespace) -> None:
     import pandas as pd
 
     from analysis.cli.items import prepare
-    from analysis.measuring.measurement import Measurement
     from analysis.measuring.networks import compute, run_on
+    from analysis.measuring.result import Measurement
     from models import zoo
     from models.data.cifar10 import Cifar10
     from models.data.probe import Probe, as_bytes

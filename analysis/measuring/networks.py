@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help 
     from torch import Tensor
 
     from analysis.cli.items import Data, Network, Plan
-    from analysis.measuring.measurement import Measurement
+    from analysis.measuring.result import Measurement
 
 BLOCK_IMAGES = (
     1000  # on which residual blocks are measured: the whole probe set, and enough of others
@@ -176,7 +176,8 @@ def run_on(args: argparse.Namespace, networks: list[Network], data: Data) -> lis
     """
     from tqdm import tqdm
 
-    from analysis.measuring.measurement import Measurement, measuring
+    from analysis.measuring.measurement import measuring
+    from analysis.measuring.result import Measurement
     from models.data.folder import ImageFolder
     from models.data.formats import CLASSES
 
