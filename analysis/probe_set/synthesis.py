@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from analysis.measuring.measurement import Measurement
+from analysis.measuring.result import Measurement
 from models.data.preprocessing import Preprocessing
 
 PART = 64  # images per step

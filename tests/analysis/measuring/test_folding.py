@@ -294,7 +294,9 @@ def test_an_output_that_begins_to_go_elsewhere_is_noticed():
             meter.add(images())
             meter.add(images())
             network.skip = True
-            with pytest.raises(ValueError, match="batch 3 takes another path .*: conv2 -> bn2 ran"):
+            with pytest.raises(
+                ValueError, match=r"batch 3 takes another path .*: conv2 -> bn2 ran"
+            ):
                 meter.add(images())
         assert meter.result().images == 12
 
@@ -569,7 +571,7 @@ def test_a_layer_that_runs_in_a_later_batch_only_is_not_left_out(paired):
     modules = {**pair(), "conv2": conv(), "bn2": nn.BatchNorm2d(4)}
     network, batches = with_statistics(Net(flow, **modules)), [images(), images(), images(1)]
     if paired:
-        with pytest.raises(ValueError, match="batch 3 takes another path .*: conv2 -> bn2 ran"):
+        with pytest.raises(ValueError, match=r"batch 3 takes another path .*: conv2 -> bn2 ran"):
             analysis.measure(network, batches)
     else:
         with pytest.warns(UserWarning, match=r"1 layer is not in the frame: conv2 \(its output"):
