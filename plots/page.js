@@ -1,14 +1,14 @@
 "use strict";
-const find = (selector, within = document) => within.querySelector(selector);
+const find = selector => document.querySelector(selector);
 const all = (selector, within = document) => [...within.querySelectorAll(selector)];
 const data = JSON.parse(find("#data").textContent);
 const names = Object.keys(data.networks);
 const get = (row, key) => data.rows[row][data.columns.indexOf(key)] ?? null;
 const lines = all("#table tbody tr");  // by row of the data
-const [view, search] = [find("#view").elements, find("#search").elements.filter];
-const [tip, plot] = [find("#tip"), find("#plot")];
+const [view, search, tip, plot] = [find("#view").elements, find("#search").elements.filter, find("#tip"), find("#plot")];
+const boxes = all("#view input");
 const FLAT = 3;  // as in plots/style.py: a curve so much higher would flatten the others
-const off = new Set();  // networks that are switched off
+let off = new Set();  // networks that are switched off
 let zoom = null;  // [first, last] layer shown, or null for all
 let scene = null;  // the curves and scales that were drawn last
 let chosen = {};  // curve (its position) and x of the point that was shown last
@@ -21,9 +21,7 @@ function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-function format(value) {
-  return value === 0 || Math.abs(value) >= 1e-3 && Math.abs(value) < 1e5 ? value.toFixed(4) : value.toExponential(3);
-}
+const format = value => value === 0 || Math.abs(value) >= 1e-3 && Math.abs(value) < 1e5 ? value.toFixed(4) : value.toExponential(3);
 
 // The stroke of a network's curves; black takes the colour of the text, which is white in the dark.
 function strokeOf(network) {
@@ -68,15 +66,14 @@ function paperCurve(network) {
 
 // About `count` round numbers between two values; on a wide logarithmic axis 1, 2, 5, 10, ...
 function ticks(low, high, count, log = false) {
-  const powers = Array.from({length: 40}, (_, i) => 10 ** (i - 20));
-  const round = powers.flatMap(power => [1, 2, 5].map(step => Number((step * power).toPrecision(1))));
+  const round = Array.from({length: 120}, (_, i) => Number(`${[1, 2, 5][i % 3]}e${Math.floor(i / 3) - 20}`));
   if (log && high / low > 5) return round.filter(tick => tick >= low && tick <= high);
   const step = round.find(step => step * count >= high - low);
   const first = Math.ceil(low / step);
   return Array.from({length: Math.floor(high / step) - first + 1}, (_, i) => Number(((first + i) * step).toPrecision(9)));
 }
 
-// The place in pixels, between `start` and `end`, of a value between `low` and `high`.
+// Map `low` to `high` onto the pixels from `start` to `end`.
 function scale(low, high, start, end, log = false) {
   const place = log ? Math.log : Number;
   return value => start + (place(value) - place(low)) / (place(high) - place(low)) * (end - start);
@@ -151,9 +148,9 @@ function show(curve, point) {
   if (paper) texts.splice(1, 0, `the paper: ${format(paper.y)}`);
   if (get(point.row, "std_error") !== null) texts[0] += ` \u00b1 ${format(get(point.row, "std_error"))}`;
   if (get(point.row, "dominated")) texts.push("rests on few images");
-  const title = make("strong", {}, `${curve.network}, ${data.x} ${get(point.row, data.x)}`);
-  const box = make("div", {}, title, ...texts.map(text => make("span", {}, text)));
-  tip.append(box);
+  const box = make("div", {}, make("strong", {}, `${curve.network}, ${data.x} ${get(point.row, data.x)}`));
+  box.append(...texts.map(text => make("span", {}, text)));
+  tip.replaceChildren(box);
   box.style.borderColor = curve.style.stroke;
   box.style.marginLeft = `${Math.max(0, Math.min(x - box.offsetWidth / 2, tip.clientWidth - box.offsetWidth))}px`;
 }
@@ -200,8 +197,7 @@ function press(key) {
 function remember() {
   const state = new URLSearchParams([...off].map(name => ["off", name]));
   if (view.y.selectedIndex > 0) state.set("y", view.y.value);
-  for (const name of ["sorted", "log"]) if (view[name].checked) state.set(name, "1");
-  if (!view.paper.checked) state.set("paper", "0");
+  for (const box of boxes) if (box.checked !== box.defaultChecked) state.set(box.name, Number(box.checked));
   if (zoom) state.set("layers", zoom.join("-"));
   if (search.value) state.set("filter", search.value);
   history.replaceState(null, "", `#${state}`);
@@ -212,11 +208,9 @@ function recall() {
   const range = (state.get("layers") ?? "").split("-").map(Number);
   zoom = range[0] >= 0 && range[1] > range[0] ? range : null;
   view.y.value = data.quantities.includes(state.get("y")) ? state.get("y") : data.quantities[0];
-  for (const name of ["sorted", "log"]) view[name].checked = state.has(name);
-  view.paper.checked = state.get("paper") !== "0";
+  for (const box of boxes) box.checked = (state.get(box.name) ?? Number(box.defaultChecked)) == 1;
   search.value = state.get("filter") ?? "";
-  off.clear();
-  state.getAll("off").forEach(name => off.add(name));
+  off = new Set(state.getAll("off"));
   all("#networks input").forEach((box, i) => { box.checked = !off.has(names[i]); });
   refresh();
 }
@@ -231,8 +225,7 @@ function refresh() {
   draw();
 }
 
-// Sort the table by a column; empty cells stay last.
-function sortBy(head, key) {
+function sortBy(head, key) {  // empty cells stay last
   const sign = head.ariaSort === "ascending" ? -1 : 1;
   const compare = (a, b) => typeof a === "number" ? a - b : String(a).localeCompare(String(b), "en", {numeric: true});
   const order = lines.map((line, row) => [get(row, key), line]).sort(([a], [b]) =>
@@ -242,9 +235,7 @@ function sortBy(head, key) {
   head.ariaSort = sign > 0 ? "ascending" : "descending";
 }
 
-function save(suffix, url) {
-  make("a", {href: url, download: `${data.title.replace(/[^\w-]+/g, "-")}.${suffix}`}).click();
-}
+const save = (suffix, url) => make("a", {href: url, download: `${data.title.replace(/[^\w-]+/g, "-")}.${suffix}`}).click();
 
 function saveTable() {
   const cell = value => /[",\n\r]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value;
@@ -268,7 +259,6 @@ async function savePicture(suffix) {
   return save("png", canvas.toDataURL());
 }
 
-// Point at a curve, or drag over the layers to zoom to.
 function followPointer() {
   let start = null;
   const follow = event => {
@@ -276,17 +266,20 @@ function followPointer() {
     const [x, y] = [event.clientX - box.left, event.clientY - box.top];
     const [low, high] = [Math.min(x, start ?? x), Math.max(x, start ?? x)];
     const layer = scale(scene.from, scene.to, scene.left, scene.right);
-    if (event.type === "pointerdown") start = x;
+    if (event.type === "pointerdown") {
+      start = x;
+      plot.setPointerCapture(event.pointerId);
+    }
     if (high - low < 8) showNearest(x, y);
     else if (event.type === "pointerup") zoomTo(layer(low), layer(high));
     else {
+      const box = {x: low, y: scene.top, width: high - low, height: scene.bottom - scene.top};
       clear();
-      scene.svg.append(make("rect", {class: "mark", x: low, width: high - low, y: scene.top, height: scene.bottom - scene.top, "fill-opacity": .12}));
+      scene.svg.append(make("rect", {class: "mark", "fill-opacity": .12, ...box}));
     }
     if (event.type === "pointerup") start = null;
   };
   for (const kind of ["pointerdown", "pointermove", "pointerup"]) plot.addEventListener(kind, follow);
-  plot.addEventListener("pointerdown", event => plot.setPointerCapture(event.pointerId));
   plot.addEventListener("pointercancel", () => { start = null; clear(); });
   plot.addEventListener("pointerleave", event => { if (event.pointerType === "mouse") clear(); });
   plot.addEventListener("dblclick", () => zoomTo(0, Infinity));
@@ -317,13 +310,10 @@ function begin() {
   fillControls();
   followPointer();
   recall();
-  for (const form of all("form")) form.addEventListener("submit", event => event.preventDefault());
   find("#view").addEventListener("change", draw);
   view.all.addEventListener("click", () => zoomTo(0, Infinity));
   search.addEventListener("input", refresh);
-  const buttons = find("#save").elements;
-  buttons.csv.addEventListener("click", saveTable);
-  for (const kind of ["png", "svg"]) buttons[kind].addEventListener("click", () => savePicture(kind));
+  for (const button of all("#save button")) button.addEventListener("click", () => button.name === "csv" ? saveTable() : savePicture(button.name));
   plot.addEventListener("keydown", event => {
     if (event.key === "Escape") clear();
     else if (!event.ctrlKey && !event.metaKey && !event.altKey && press(event.key)) event.preventDefault();
