@@ -65,9 +65,7 @@ def draw_compare(curves: Frames, differences: Frames, *, axes: Any = None) -> Fi
             scale_std(panel, lines)
         draw_differences(panels[1], parts, looks, relative)
         depth = "relative depth" if relative else "layer index"
-        for panel, order in zip(
-            panels, ("original", "original", "sorted by magnitude"), strict=False
-        ):
+        for panel, order in zip(panels, (ORDERS[0], *ORDERS), strict=False):
             rank = "relative rank" if relative and order != "original" else depth
             panel.set_xlabel(f"{rank} ({order})")
             panel.set_xlim(0, 1 if relative else 1.01 * frame["layer"].max() + 0.5)

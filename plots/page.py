@@ -2,7 +2,7 @@
 
 html = make_page("Layer responses", [("Fig. 7", draw_fig7(frame))], frame, provenance)
 
-Its script (plots/page.js) draws the curves from the data in the page; without it, the figures and
+Its script (plots/chart.js, plots/page.js) draws the curves from the data in the page; without it, the figures and
 the tables are there.
 """
 
@@ -36,6 +36,7 @@ QUANTITIES = (  # what can be drawn over the layers, if the table has it
 FORBIDDEN = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]"
 )  # characters that no XML may hold
+SCRIPTS = ("chart.js", "page.js")
 PIXELS = 110  # of the page, an inch of a figure
 
 
@@ -62,10 +63,9 @@ def make_page(
 
     The same arguments give the same text.
     """
-    pieces = {
-        name: files("plots").joinpath(name).read_text("utf-8") for name in ("page.html", "page.js")
-    }
-    script = pieces["page.js"]
+    folder = files("plots")
+    script = "".join(folder.joinpath(name).read_text("utf-8") for name in SCRIPTS)
+    template = folder.joinpath("page.html").read_text("utf-8")
     table = order_columns(table)
     looks: Looks = next((figure.looks for _, figure in figures if hasattr(figure, "looks")), {})
     data = json.dumps(embed(title, table, looks, paper), separators=(",", ":"))
@@ -81,7 +81,7 @@ def make_page(
         "script": script,
         "digest": "sha256-" + b64encode(sha256(script.encode()).digest()).decode(),
     }
-    page = re.sub("<!--([a-z]+)-->", lambda found: parts[found[1]], pieces["page.html"])
+    page = re.sub("<!--([a-z]+)-->", lambda found: parts[found[1]], template)
     return FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", page)
 
 
