@@ -23,7 +23,7 @@ from analysis.measuring.measurement import PRECISIONS, measuring
 
 Batches = Iterable[Tensor]
 Method = Callable[[nn.Module, list[str], Batches], list[float]]
-PLAIN = "plain forward"
+PLAIN, PLAIN_BFLOAT16 = "plain forward", "plain forward, bfloat16"
 
 
 def plain_forward(precision: str) -> Method:
@@ -152,7 +152,7 @@ def two_pass(model: nn.Module, names: list[str], batches: Callable[[], Batches])
 
 METHODS: dict[str, Method] = {
     PLAIN: plain_forward("float32"),
-    "plain forward, bfloat16": plain_forward("bfloat16"),
+    PLAIN_BFLOAT16: plain_forward("bfloat16"),
     "this toolkit, float32": toolkit("float32"),
     "this toolkit, bfloat16": toolkit("bfloat16"),
     "mean and var per channel": channel_calls,

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import multiprocessing
+import os
+import pickle
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
     for job in [make_job(args, name) for name in dict.fromkeys(args.networks)]:
         with without_tf32():
             parts.append(pd.DataFrame(run_job(job, args.repeats), columns=list(COLUMNS)))
-        print(describe(parts[-1]) + "\n", flush=True)
+        print(table_of(parts[-1]) + "\n", flush=True)
     frame = pd.concat(parts, ignore_index=True)
     files = {"benchmark.csv": as_csv(frame)}
     files |= as_images("benchmark", draw_benchmark(frame), ["png", "pdf"])
@@ -277,27 +277,32 @@ def why_not(method: str) -> str:
 def peak_of(job: Job, method: str, names: list[str]) -> tuple[float | None, str]:
     """Return the peak memory of a method in MB, or None and why it is not known.
 
-    On a GPU it is what torch allocates; else what a process of its own has resident.
+    On a GPU it is what torch allocates; else what a process of its own has resident. That process
+    is not multiprocessing's: torchlens refuses to work there.
     """
-    spawned = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawned) as pool:
-        try:
-            return pool.submit(run_alone, job, method, names).result(), ""
-        except BrokenProcessPool:
-            return None, "out of memory in a process of its own"
+    command = [sys.executable, "-c", "from analysis import benchmark; benchmark.run_alone()"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    task = pickle.dumps((asdict(job), method, names))
+    ended = subprocess.run(command, input=task, capture_output=True, env=environment, check=False)
+    if ended.returncode < 0:
+        return None, "out of memory in a process of its own"
+    if ended.returncode:
+        return None, ended.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+    return float(ended.stdout.split()[-1]), ""
 
 
-def run_alone(job: Job, method: str, names: list[str]) -> float:
-    """Run a method once in this process, and return its peak memory in MB."""
+def run_alone() -> None:
+    """Run the method that stdin names once, and print the peak memory of this process in MB."""
     import torch
 
     from analysis.baselines import METHODS
 
+    facts, method, names = pickle.load(sys.stdin.buffer)
+    job = Job(**facts)  # a Job itself could be of another process's __main__
     torch.set_num_threads(job.threads)
     METHODS[method](load_network(job), names, batches_of(job, load_images(job)))
-    if job.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    return resident_peak()
+    cuda = job.device == "cuda"
+    print(torch.cuda.max_memory_allocated() / 1e6 if cuda else resident_peak())
 
 
 def resident_peak() -> float:
@@ -313,7 +318,7 @@ def resident_peak() -> float:
     return peak / (1e6 if sys.platform == "darwin" else 1e3)
 
 
-def describe(frame: pd.DataFrame) -> str:
+def table_of(frame: pd.DataFrame) -> str:
     """Return the rows of one network as a table."""
     first = frame.iloc[0]
     shown = frame.assign(seconds=[spread(row) for row in frame.to_dict("records")])

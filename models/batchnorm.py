@@ -17,6 +17,7 @@ the second by 30 % (10,000 test images; tests/analysis/test_responses.py).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -64,22 +65,24 @@ def closed_form(
     pairs = Pairs(state)
     idle = idle_norms(state, pairs.norms)
     assumed = None if modules else EPS if eps is None else eps
+    chosen = {
+        name: norm
+        for name, norm in pairs.certain.items()
+        if pairs.convs[name].shape[2:] == kernel_size and norm not in idle
+    }
+    known = {
+        norm: getattr(modules.get(norm), "eps", EPS) if assumed is None else assumed
+        for norm in chosen.values()
+    }
+    spread, effect = spreads(state, known, pairs.leaves)
     rows: list[dict[str, object]] = []
-    effect, stage, last_channels = 0.0, 0, None
-    for name, norm in pairs.certain.items():
-        if pairs.convs[name].shape[2:] != kernel_size or norm in idle:
-            continue
-        vectors = read_norm(state, norm, pairs.leaves)
-        known = getattr(modules.get(norm), "eps", EPS) if assumed is None else assumed
-        row = spread(*vectors, known)
-        if assumed is not None:
-            others = [spread(*vectors, other)["std"] for other in OTHER_EPS]
-            effect = max(effect, *(relative_change(row["std"], other) for other in others))
-        channels = len(vectors[0])
+    stage, last_channels = 0, None
+    for name, norm in chosen.items():
+        channels = len(state[f"{norm}.running_var"])
         stage += channels != last_channels
         last_channels = channels
         place = {"layer": len(rows) + 1, "name": name, "norm": norm, "stage": stage}
-        rows.append({**place, "channels": channels, **row})
+        rows.append({**place, "channels": channels, **spread[norm]})
     if not rows:
         kernel = "x".join(map(str, kernel_size))
         raise ValueError(
@@ -94,13 +97,11 @@ def closed_form(
     }
     frame.attrs |= {
         "unpaired": unpaired,
-        "ambiguous": [
-            pair for pair in pairs.ambiguous if pair.split(" -> ")[0] in set(frame["name"])
-        ],
+        "ambiguous": [pair for pair in pairs.ambiguous if pair.split(" -> ")[0] in chosen],
         "idle": idle,
         "sorted": pairs.sorted,
         "eps": assumed,
-        "eps_effect": effect,
+        "eps_effect": 0.0 if assumed is None else effect,
     }
     return frame
 
@@ -119,60 +120,77 @@ def fetch_vectors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return fetched
 
 
-def read_norm(
-    state: Mapping[str, Tensor], norm: str, leaves: Mapping[str, list[str]]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return gamma, beta and the recorded variance of a BN, each (C,), as float64.
+def spreads(
+    state: Mapping[str, Tensor], eps: Mapping[str, float], leaves: Mapping[str, list[str]]
+) -> tuple[dict[str, dict[str, float]], float]:
+    """Return mean, std, within and between of the outputs of BNs, by name, and the largest relative
+    change of a std if eps were another (`OTHER_EPS`).
 
-    Raises ValueError unless these are vectors of one length, finite, with no negative variance.
+    eps: of each BN, by name. leaves: what the tensors of each module are called.
+    Raises ValueError if the tensors of one are not those of a BN.
     """
-    present = [leaf for leaf in AFFINE if leaf in leaves[norm]]
-    beside = present or [leaf for leaf in leaves[norm] if leaf not in STATISTICS]
+    groups: dict[tuple[int, bool], list[str]] = {}  # by channels, and by whether they are affine
+    for norm in eps:
+        affine = check_norm(state, norm, leaves[norm])
+        groups.setdefault((len(state[f"{norm}.running_var"]), affine), []).append(norm)
+    result, effect = {}, 0.0
+    for (_, affine), norms in groups.items():
+        gamma, beta, variance = (
+            torch.stack([state[f"{norm}.{leaf}"].double() for norm in norms])  # (layers, C)
+            if affine or leaf == "running_var"
+            else torch.full((), neutral, dtype=torch.float64)
+            for leaf, neutral in (("weight", 1.0), ("bias", 0.0), ("running_var", 0.0))
+        )
+        beta = beta.expand_as(variance)
+        added = torch.tensor([eps[norm] for norm in norms], dtype=torch.float64)[:, None]
+
+        def mean_square(
+            eps: Tensor | float, gamma: Tensor = gamma, var: Tensor = variance
+        ) -> Tensor:
+            return (gamma.square() * torch.where(var > 0, var / (var + eps), 0.0)).mean(1)
+
+        within2 = mean_square(added)
+        between2 = beta.var(1, correction=0)
+        numbers = (beta.mean(1), (within2 + between2).sqrt(), within2.sqrt(), between2.sqrt())
+        std = numbers[1].clamp_min(torch.finfo(torch.float64).tiny)
+        changes = [((mean_square(e) + between2).sqrt() / std - 1).abs().max() for e in OTHER_EPS]
+        effect = max(effect, *(change.item() for change in changes))
+        for norm, row in zip(norms, torch.stack(numbers, 1).tolist(), strict=True):
+            if not all(map(math.isfinite, row)):
+                raise ValueError(
+                    f"NaN or infinity in {norm}, or too large numbers: the training diverged, or the "
+                    "file is damaged"
+                )
+            result[norm] = dict(zip(("mean", "std", "within", "between"), row, strict=True))
+    return result, effect
+
+
+def check_norm(state: Mapping[str, Tensor], norm: str, leaves: list[str]) -> bool:
+    """Return whether a BN has gamma and beta.
+
+    leaves: what its tensors are called. Raises ValueError unless they are vectors of one length, and
+    no variance is negative or NaN.
+    """
+    present = [leaf for leaf in AFFINE if leaf in leaves]
+    beside = present or [leaf for leaf in leaves if leaf not in STATISTICS]
     if len(present) < 2 and beside:
         missing = " and ".join(leaf for leaf in AFFINE if leaf not in present)
         raise ValueError(
             f"{norm} has no {missing} beside its {', '.join(beside)}: its output is not known"
         )
-    check_norm(state, norm)
-    variance = state[f"{norm}.running_var"].double()  # (C,)
-    if not present:  # a BN without affine parameters
-        return torch.ones_like(variance), torch.zeros_like(variance), variance
-    return state[f"{norm}.weight"].double(), state[f"{norm}.bias"].double(), variance
-
-
-def check_norm(state: Mapping[str, Tensor], norm: str) -> None:
-    """Raise ValueError unless a BN's tensors are finite vectors of one length, the variance >= 0."""
     variance = state[f"{norm}.running_var"]
-    for leaf in (*STATISTICS[:2], *AFFINE):
-        tensor = state.get(f"{norm}.{leaf}", variance)
-        if tensor.ndim != 1 or not tensor.is_floating_point():
-            words = "vector of variances" if leaf == "running_var" else "vector of numbers"
+    for leaf in leaves:
+        tensor = state[f"{norm}.{leaf}"]
+        if leaf in (*AFFINE, *STATISTICS[:2]) and (
+            tensor.ndim != 1 or len(tensor) != len(variance)
+        ):
+            words = (
+                "vector of variances" if leaf == "running_var" else "vector like its running_var"
+            )
             raise ValueError(f"{norm}.{leaf} is no {words}: the file is damaged")
-        if len(tensor) != len(variance):
-            raise ValueError(
-                f"{norm}.{leaf} has {len(tensor)} channels, and its running_var {len(variance)}"
-            )
-        if not torch.isfinite(tensor).all():
-            raise ValueError(
-                f"NaN or infinity in {norm}.{leaf}: the training diverged, or the file is damaged"
-            )
-    if (variance < 0).any():
+    if not (variance >= 0).all():
         raise ValueError(f"{norm}.running_var is no vector of variances: the file is damaged")
-
-
-def spread(gamma: Tensor, beta: Tensor, variance: Tensor, eps: float) -> dict[str, float]:
-    """Return mean, std, within and between of a BN's output, from vectors (C,)."""
-    share = torch.where(variance > 0, variance / (variance + eps), 0.0)
-    within2 = (gamma.square() * share).mean().item()
-    between2 = beta.var(correction=0).item()
-    if not within2 + between2 < float("inf"):
-        raise ValueError("a BN's gamma or beta is too large for its std to be computed")
-    stds = {"std": (within2 + between2) ** 0.5, "within": within2**0.5, "between": between2**0.5}
-    return {**stds, "mean": beta.mean().item()}
-
-
-def relative_change(std: float, other: float) -> float:
-    return abs(other / std - 1) if std else 0.0
+    return len(present) == 2
 
 
 def idle_norms(state: Mapping[str, Tensor], norms: list[str]) -> list[str]:
@@ -221,6 +239,7 @@ class Pairs:
     convs: dict[str, Tensor] = field(default_factory=dict)
     norms: list[str] = field(default_factory=list)
     leaves: dict[str, list[str]] = field(default_factory=dict)
+    children: dict[str, list[str]] = field(default_factory=dict)  # convolutions, by their module
 
     def __post_init__(self) -> None:
         self.sorted = is_sorted(self.state)
@@ -234,6 +253,7 @@ class Pairs:
             if (name := convolution_of(key, self.state[key])) is not None:
                 self.convs[name] = self.state[key]
                 self.place[name] = len(self.place)
+                self.children.setdefault(name.rpartition(".")[0], []).append(name)
             elif leaf == "running_var":
                 self.norms.append(module)
                 self.place[module] = len(self.place)
@@ -285,7 +305,10 @@ class Pairs:
         assert name is not None
         if group(norm) in contrary:
             return name, f"BNs called like {norm} do not follow their convolutions in other blocks"
-        between = pending[pending.index(name) + 1 :] if name in pending and not self.sorted else []
+        between = pending[pending.index(name) + 1 :] if name in pending else []
+        if self.sorted:  # any of the BN's module may come between
+            home = norm.rpartition(".")[0]
+            between = [conv for conv in self.children.get(home, []) if conv != name]
         if extra := [conv for conv in between if conv not in owned]:
             return name, f"{extra[0]} stands between it and {norm}"
         if ordered is not None and ordered != name:
@@ -297,11 +320,12 @@ class Pairs:
 
         So it is in networks of pre-activation whose blocks register the convolution first.
         """
-        if not orphans or not self.convs or orphans[-1] != self.norms[-1]:
+        if not orphans or not self.convs or next(iter(self.convs)) in self.certain:
             return
-        first, last = next(iter(self.convs)), list(self.convs)[-1]
+        end = self.place[orphans[-1]]
+        before = [conv for conv in self.convs if self.sorted or self.place[conv] < end]
         channels = len(self.state[f"{orphans[-1]}.running_var"])
-        if first in self.certain or len(self.convs[last]) != channels:
+        if not before or len(self.convs[before[-1]]) != channels:
             return
         for name, norm in list(self.certain.items()):
             if self.named[norm][0] == name:

@@ -1,7 +1,7 @@
 """Fig. 7 of the paper: the std of layer responses, in original order and sorted by magnitude.
 
 from plots import draw_fig7
-draw_fig7(frame, paper=curves()).savefig("fig7.pdf")  # curves: of analysis.paper
+draw_fig7(frame, paper=paper_curves()).savefig("fig7.pdf")  # curves: of analysis.paper
 """
 
 from __future__ import annotations
@@ -107,9 +107,7 @@ def draw_fig7(
                 scale_std(each, lines, scale, ylim)
         name_sides(panels, apart)
         overlaid = len(theirs) > 0 and not apart
-        add_legend(figure, panels[0], looks, explain(frame, looks, overlaid, seeds))
-        if title:
-            figure.suptitle(title)
+        add_legend(figure, panels[0], looks, explain(frame, looks, overlaid, seeds), title)
         note_computed(figure, frame["network"], frame["source"])
         if note:
             write_note(figure, note)

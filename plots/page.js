@@ -52,8 +52,9 @@ function group() {
 const curves = group();
 
 function arrange(curve) {
-  const points = curve.rows.map(row => ({row, x: get(row, data.x), y: get(row, view.y.value)}));
-  const known = points.filter(({y}) => y !== null && (!view.log.checked || y > 0)).sort((a, b) => a.x - b.x);
+  const [quantity, least] = [view.y.value, view.log.checked ? 0 : -Infinity];
+  const points = curve.rows.map(row => ({row, x: get(row, data.x), y: get(row, quantity)}));
+  const known = points.filter(({y}) => y !== null && y > least).sort((a, b) => a.x - b.x);
   if (!view.sorted.checked) return known;
   const places = known.map(point => point.x);
   return known.sort((a, b) => b.y - a.y).map((point, i) => ({...point, x: places[i]}));
@@ -84,13 +85,13 @@ function scale(low, high, start, end, log = false) {
 // The ends of both axes: of what is switched on and within the zoom, without what would flatten the rest.
 function limits(shown, log) {
   const [left, right] = zoom ?? [0, Math.max(1, ...shown.flatMap(({points}) => points.map(({x}) => x)))];
-  const within = ({points}) => points.filter(({x}) => x >= left && x <= right).map(({y}) => y).sort((a, b) => a - b);
+  const within = ({points}) => points.filter(({x}) => x >= left && x <= right).map(({y}) => y);
   const values = shown.map(within).filter(stds => stds.length);
   let [low, high] = values.length ? [Math.min(...values.flat()), Math.max(...values.flat())] : [1, 2];
-  const tops = values.map(stds => stds.at(-1)).sort((a, b) => a - b);
+  const tops = values.map(stds => Math.max(...stds)).sort((a, b) => a - b);
   const top = Math.max(...tops.filter(top => top <= FLAT * tops[(tops.length - 1) >> 1]));
-  const steep = values.filter(stds => stds.at(-1) > top);
-  if (!log && low >= 0 && steep.every(stds => stds[stds.length >> 1] <= top)) high = Math.min(high, top);
+  const seen = values.every(stds => stds.filter(std => std <= top).length >= stds.length / 2);
+  if (!log && low >= 0 && seen) high = Math.min(high, top);
   if (low === high) [low, high] = [low - Math.abs(low) / 2 - 1e-9, high + Math.abs(high) / 2 + 1e-9];
   const rest = log ? (high / low) ** .05 : (high - low) * .05;
   return log ? [left, right, low / rest, high * rest] : [left, right, low < 0 ? low - rest : Math.max(0, low - rest), high + rest];
@@ -221,10 +222,10 @@ function recall() {
 }
 
 function refresh() {
-  const words = search.value.toLowerCase().split(/\s+/);
+  const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
   lines.forEach((line, row) => {
-    const text = line.textContent.toLowerCase();
-    line.hidden = off.has(String(get(row, "network"))) || !words.every(word => text.includes(word));
+    const found = words.every(word => line.textContent.toLowerCase().includes(word));
+    line.hidden = off.has(String(get(row, "network"))) || !found;
   });
   find("#search output").textContent = `${lines.filter(line => !line.hidden).length} of ${lines.length} rows`;
   draw();

@@ -98,16 +98,10 @@ def embed(
     """Return what the script draws from, as JSON can hold it; rows are those of the table."""
     full = table.assign(**{key: OPTIONAL[key] for key in ("kind", "depth") if key not in table})
     full = full.assign(network=full["network"].astype(str), depth=full["depth"].fillna(0))
-    networks, looks = {}, styles(full) | dict(looks)
-    for network, kind, depth in full.drop_duplicates("network")[
-        ["network", "kind", "depth"]
-    ].itertuples(index=False):
-        look = looks[network]
-        networks[network] = {
-            "color": to_hex(look["color"]),
-            "dashed": "dashes" in look,
-            "paper": [],
-        }
+    networks, looks, keys = {}, styles(full) | looks, ["network", "kind", "depth"]
+    for network, kind, depth in full.groupby(keys, sort=False, dropna=False).groups:
+        color = to_hex(looks[network]["color"])
+        networks[network] = {"color": color, "dashed": "dashes" in looks[network], "paper": []}
         if paper is not None:
             curve = paper[(paper["kind"] == kind) & (paper["depth"] == depth)].sort_values("layer")
             networks[network]["paper"] = curve["std"].tolist()

@@ -32,16 +32,11 @@ DASHES = {"plain": (3.0, 1.2)}  # in line widths; all other kinds are solid
 LONGEST = 40  # characters of a label; longer ones lose their middle
 FLAT = 3.0  # times the median of the curves' maxima: a higher curve would flatten the others
 COMPUTED = "closed form from BN's tensors, not measured on images"
-OPTIONAL: Style = {
-    "network": "network",
-    "kind": "other",
-    "depth": 0,
-    "stage": 1,
-    "dominated": False,
-}
+OPTIONAL: Style = {"network": "network", "kind": "other", "depth": 0, "stage": 1}
 EMPTY = "an empty frame: there is nothing to draw"
 KEYS = ["network", "source", "member", "iteration"]  # a layer occurs once for each of these
 
+TICKS = {"labelsize": 7, "major.width": 0.5, "major.size": 2, "direction": "in"}
 RC: Any = {  # on top of matplotlib's defaults, for drawing and for saving
     "font.family": ["STIXGeneral", "serif"],  # a Times that comes with matplotlib
     "mathtext.fontset": "stix",
@@ -52,16 +47,9 @@ RC: Any = {  # on top of matplotlib's defaults, for drawing and for saving
     "axes.linewidth": 0.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "figure.titlesize": 9,
+    "legend.title_fontsize": 9,
     "figure.labelsize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "xtick.major.width": 0.5,
-    "ytick.major.width": 0.5,
-    "xtick.major.size": 2,
-    "ytick.major.size": 2,
-    "xtick.direction": "in",
-    "ytick.direction": "in",
+    **{f"{axis}tick.{key}": value for axis in "xy" for key, value in TICKS.items()},
     "legend.fontsize": 6.5,
     "legend.frameon": False,
     "legend.handlelength": 2.2,
@@ -126,7 +114,7 @@ def gather(frames: Frames, *needed: str) -> pd.DataFrame:
             raise ValueError(f"the frame has no column {missing[0]!r}; it has {found}")
         part = part[[key for key in part if key in needed or part[key].notna().any()]]
         computed = "norm" in part and "count" not in part  # as models.closed_form returns it
-        defaults = OPTIONAL | {"source": "batchnorm" if computed else "hooks"}
+        defaults = OPTIONAL | {"dominated": False, "source": "batchnorm" if computed else "hooks"}
         part = part.assign(**{key: defaults[key] for key in defaults if key not in part})
         labels, number = part["network"].astype(str), 1
         while seen & (rows := rows_of(part)):
@@ -221,20 +209,24 @@ def make_panels(
     return cast(Figure, panels[0].figure), panels
 
 
-def add_legend(figure: Figure, panel: Axes, looks: Looks, others: Sequence[Any] = ()) -> None:
+def add_legend(
+    figure: Figure, panel: Axes, looks: Looks, others: Sequence[Any] = (), title: str | None = None
+) -> None:
     """Put one legend above all panels of a figure; in a caller's figure, into the first panel.
 
     looks: line properties by network. others: handles of what else there is to explain.
+    title: a text above it.
     """
     handles = [Line2D([], [], **look) for look in looks.values()] + list(others)
     if not isinstance(figure, Drawing):
-        panel.legend(handles=handles)
+        panel.legend(handles=handles, title=title)
         return
     figure.looks = looks
     widest = max(len(handle.get_label()) for handle in handles)
     fitting = int(72 * figure.get_figwidth() / (32 + 3.2 * widest))  # a line and its label
     rows = -(-len(handles) // max(1, min(5, fitting)))
-    figure.legend(handles=handles, loc="outside upper center", ncols=-(-len(handles) // rows))
+    place: Style = {"loc": "outside upper center", "ncols": -(-len(handles) // rows)}
+    figure.legend(handles=handles, title=title, **place)
 
 
 def shared_top(tops: Sequence[float]) -> float:

@@ -40,7 +40,7 @@ PASSED_OVER = re.compile(  # plain data that training scripts keep beside the we
     r"|omegaconf\.[\w.]+|mmengine\.(config|logging)\.[\w.]+"
 )
 DIRECTORIES = ("collections.OrderedDict", "collections.defaultdict", "collections.Counter")
-FREE_READS = 3_000_000  # of a pickle, besides one for every 5 bytes of the file: bounds its objects
+FREE_STEPS = 1_000_000  # of a pickle, besides one for every 6 bytes of the file: bounds its objects
 
 
 class Unreadable(ValueError):
@@ -132,11 +132,11 @@ class Machine(pickle._Unpickler):
     def __init__(self, file: io.BytesIO, size: int) -> None:
         super().__init__(file, encoding="latin1")
         self.storages: dict[str, Storage] = {}
-        left = FREE_READS + size // 5
+        left = FREE_STEPS + size // 6
 
         def counted(count: int) -> bytes:
             nonlocal left
-            left -= 1
+            left -= count == 1
             if left < 0:
                 raise Unreadable("refused: it holds more objects than a checkpoint of its size")
             return file.read(count)

@@ -259,8 +259,10 @@ def check_tensors(state: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless the tensors of a network can be computed with: finite, and BN's
     vectors as `check_norm` wants them.
     """
+    leaves: dict[str, list[str]] = {}
     for name, tensor in state.items():
-        leaf = name.rpartition(".")[2]
+        module, _, leaf = name.rpartition(".")
+        leaves.setdefault(module, []).append(leaf)
         if leaf in LEAVES and tensor.dtype not in REAL:
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(f"{name} holds {dtype}, not floating-point numbers")
@@ -268,8 +270,9 @@ def check_tensors(state: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"NaN or infinity in {name}: the training diverged, or the file is damaged"
             )
-        if leaf == "running_var":
-            check_norm(state, name.removesuffix(".running_var"))
+    for module, names in leaves.items():
+        if "running_var" in names:
+            check_norm(state, module, [leaf for leaf in names if leaf in LEAVES])
 
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

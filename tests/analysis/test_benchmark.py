@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from analysis import benchmark
-from analysis.baselines import PLAIN, PLAIN_BFLOAT16, WAYS, two_pass
-from analysis.benchmark import COLUMNS, Job, layer_error, load_images, table
+from analysis.baselines import METHODS, PLAIN, PLAIN_BFLOAT16, two_pass
+from analysis.benchmark import COLUMNS, Job, largest_error, load_images, table_of
 from models import build, zoo
 from models.data import probe
 from tests.helpers import ROOT, blobs, norms, read_table, run, succeed, write_images
 
-MEASURING = [way for way in WAYS if way not in (PLAIN, PLAIN_BFLOAT16, "torchlens")]
+MEASURING = [way for way in METHODS if way not in (PLAIN, PLAIN_BFLOAT16, "torchlens")]
 SMALL = Job("resnet-8", 4, 4, None, "cpu", 1)
 
 
@@ -65,7 +65,7 @@ def test_the_reference_is_the_std_of_all_values(small):
 @pytest.mark.parametrize("way", MEASURING)
 def test_every_way_measures_the_same(small, way):
     network, names, batches = small
-    stds = WAYS[way](network, names, batches)
+    stds = METHODS[way](network, names, batches)
     rel = {"this toolkit, bfloat16": 0.02, "mean and var per channel": 0.01}.get(way, 1e-5)
     assert stds == pytest.approx(two_pass(network, names, lambda: batches), rel=rel)
     assert not any(module._forward_hooks for module in network.modules())
@@ -76,7 +76,7 @@ def test_the_plain_forward_pass_runs_every_batch_and_measures_nothing(small, way
     network, names, batches = small
     seen = []
     with network.register_forward_hook(lambda module, args, output: seen.append(len(output))):
-        assert WAYS[way](network, names, batches) == []
+        assert METHODS[way](network, names, batches) == []
     assert seen == [4, 4, 2]
 
 
@@ -97,7 +97,7 @@ def test_torchlens_if_it_is_installed(small, monkeypatch):
         return types.SimpleNamespace(modules=outputs)
 
     monkeypatch.setitem(sys.modules, "torchlens", types.SimpleNamespace(trace=trace))
-    stds = WAYS["torchlens"](network, names, batches)
+    stds = METHODS["torchlens"](network, names, batches)
     assert stds == pytest.approx(two_pass(network, names, lambda: batches))
 
 
@@ -115,10 +115,10 @@ def test_a_table_a_csv_and_a_figure(out, same_process, monkeypatch):
     }
     frame = read_table(out / "benchmark.csv")
     assert tuple(frame.columns) == COLUMNS
-    assert frame["way"].tolist() == list(WAYS)
+    assert frame["method"].tolist() == list(METHODS)
     facts = frame[["network", "device", "threads", "images", "batch_size", "repeats"]]
     assert facts.drop_duplicates().to_numpy().tolist() == [["resnet-8", "cpu", 1, 5, 2, 2]]
-    frame = frame.set_index("way")
+    frame = frame.set_index("method")
     assert frame["note"]["torchlens"] == "not installed"
     assert pd.isna(frame["ratio"]["torchlens"])
     ran = frame.drop(index="torchlens")
@@ -137,9 +137,9 @@ def test_ratios_are_of_medians(same_process, monkeypatch):
     ticks = [10, 4, 2, 6, 3, 100]
     clock = [float(time) for n in range(len(ticks)) for time in (1000 * n, 1000 * n + ticks[n])]
     monkeypatch.setattr(benchmark, "perf_counter", lambda: clock.pop(0))
-    why_not = lambda way, job, layers: "" if way in (PLAIN, "float64 sums") else "no"  # noqa: E731
+    why_not = lambda way: "" if way in (PLAIN, "float64 sums") else "no"  # noqa: E731
     monkeypatch.setattr(benchmark, "why_not", why_not)
-    rows = {row["way"]: row for row in benchmark.measure_job(SMALL, 3)}
+    rows = {row["method"]: row for row in benchmark.run_job(SMALL, 3)}
     assert clock == []
     assert (rows[PLAIN]["seconds"], rows[PLAIN]["ratio"]) == (3, 1)
     row = rows["float64 sums"]
@@ -159,7 +159,7 @@ def test_all_ways_run_without_tf32(out, same_process, monkeypatch):
         seen.append(matmul.fp32_precision != "ieee" if new else matmul.allow_tf32)
         return []
 
-    monkeypatch.setitem(WAYS, PLAIN, look)
+    monkeypatch.setitem(METHODS, PLAIN, look)
     succeed(f"benchmark --networks resnet-8 --images 4 --repeats 1 --threads 1 --out {out}")
     assert seen
     assert not any(seen)
@@ -168,23 +168,29 @@ def test_all_ways_run_without_tf32(out, same_process, monkeypatch):
 def test_the_table():
     row = {"network": "resnet-8", "images": 2000, "batch_size": 32, "repeats": 3}
     row |= {"device": "cpu", "threads": 2}
-    known = {"way": "one", "seconds": 2.0, "seconds_min": 1.9, "seconds_max": 2.5, "ratio": 0.875}
+    known = {
+        "method": "one",
+        "seconds": 2.0,
+        "seconds_min": 1.9,
+        "seconds_max": 2.5,
+        "ratio": 0.875,
+    }
     known |= {"images_per_s": 1000.0, "peak_mb": 400.4, "above_plain_mb": -3.2}
     rows = [
         row | known | {"error": 2.34e-7, "note": ""},
-        row | {"way": "two", "note": "not installed"},
+        row | {"method": "two", "note": "not installed"},
     ]
-    assert table(pd.DataFrame(rows, columns=list(COLUMNS))).splitlines() == [
+    assert table_of(pd.DataFrame(rows, columns=list(COLUMNS))).splitlines() == [
         "resnet-8: 2,000 images, 32 at a time, 3 rounds, cpu, 2 threads",
-        "way          seconds ratio images/s peak MB above plain error          note",
-        "one 2.00 (1.90-2.50)  0.88     1000     400          -3 2e-07              ",
-        "two                -     -        -       -           -     - not installed",
+        "method          seconds ratio images/s peak MB above plain error          note",
+        "   one 2.00 (1.90-2.50)  0.88     1000     400          -3 2e-07              ",
+        "   two                -     -        -       -           -     - not installed",
     ]
 
 
 def test_the_error_is_the_largest_of_any_layer():
-    assert layer_error([1.0, 2.2, 3.0], [1.0, 2.0, 4.0]) == pytest.approx(0.25)
-    assert layer_error([], [1.0]) is None
+    assert largest_error([1.0, 2.2, 3.0], [1.0, 2.0, 4.0]) == pytest.approx(0.25)
+    assert largest_error([], [1.0]) is None
 
 
 @pytest.mark.process
@@ -211,7 +217,7 @@ def test_the_command_itself(out):
     ]
     command += ["--repeats", "1", "--out", str(out)]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
-    peaks = read_table(out / "benchmark.csv").set_index("way")["peak_mb"].drop("torchlens")
+    peaks = read_table(out / "benchmark.csv").set_index("method")["peak_mb"].drop("torchlens")
     assert peaks.between(50, 2000).all()
 
 
@@ -233,22 +239,13 @@ def test_a_process_that_is_killed_has_no_peak(monkeypatch, tmp_path):
     assert benchmark.peak_of(SMALL, PLAIN, []) == (None, "out of memory in a process of its own")
 
 
-def test_storing_more_than_a_third_of_the_memory_is_left_out(monkeypatch):
-    layers = pd.DataFrame({"count": [2 * 10**6, 10**6], "images": [2, 2]})
-    job = Job("resnet-8", 1000, 4, None, "cpu", 1)
-    for memory, reason in ((17.9, "would store 6 GB"), (18.1, "")):
-        monkeypatch.setattr(benchmark, "memory_of_machine", lambda memory=memory: memory)
-        assert benchmark.why_not("store, then std", job, layers) == reason
-        assert benchmark.why_not("float64 sums", job, layers) == ""
-
-
 def test_fresh_networks_have_the_statistics_of_their_images(monkeypatch):
     monkeypatch.setattr(zoo, "shipped", list)
     job = Job("plain-8", 8, 8, None, "cpu", 1)
     network = benchmark.load_network(job)
     assert not network.training
     with torch.no_grad():
-        response = network.bn1(network.conv1(next(benchmark.batches_of(job))))
+        response = network.bn1(network.conv1(next(benchmark.batches_of(job, load_images(job)))))
     assert response.mean((0, 2, 3)).tolist() == pytest.approx([0.0] * 16, abs=1e-5)
     assert torch.equal(network.fc.weight, benchmark.load_network(job).fc.weight)
 

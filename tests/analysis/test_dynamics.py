@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import analysis
-from analysis.dynamics import find_steps
+from analysis.dynamics import rates_of
 from analysis.measuring.frame import COLUMNS
 from models import build, closed_form
 from models.checkpoints import loading
@@ -189,14 +189,14 @@ def test_the_same_command_writes_the_same_bytes(folder, tmp_path):
 
 
 def test_the_steps_of_the_learning_rate():
-    steps = find_steps(Recipe("residual", 20), [(0, 0.1), (8000, 0.1)])
+    steps = rates_of(Recipe("residual", 20), [(0, 0.1), (8000, 0.1)])
     assert steps == [(0, 0.1), (32_000, 0.01), (48_000, 0.001)]
-    assert find_steps(Recipe("residual", 20, iterations=1), []) == [(0, 0.1)]
+    assert rates_of(Recipe("residual", 20, iterations=1), []) == [(0, 0.1)]
     deep = Recipe(
         "residual", 110, iterations=4000
     )  # which warms up, for all that is known to the end
-    assert find_steps(deep, [(0, 0.01)]) == [(0, 0.01), (3000, 0.001)]
-    steps = find_steps(deep, [(0, 0.01), (391, 0.1), (2500, 0.01)])
+    assert rates_of(deep, [(0, 0.01)]) == [(0, 0.01), (3000, 0.001)]
+    steps = rates_of(deep, [(0, 0.01), (391, 0.1), (2500, 0.01)])
     assert steps[:3] == [(0, 0.01), (391, 0.1), (2000, 0.01)]
 
 

@@ -6,7 +6,7 @@ from plots import draw_benchmark
 FRAME = pd.DataFrame(
     {
         "network": ["resnet-20"] * 4 + ["plain-20"] * 4,
-        "way": ["plain forward", "fast", "slow", "missing"] * 2,
+        "method": ["plain forward", "fast", "slow", "missing"] * 2,
         "ratio": [1.0, 0.8, 3.0, None, 1.0, 0.9, 12.0, None],
     }
 )
@@ -32,7 +32,7 @@ def test_the_axis_is_logarithmic_and_holds_all():
     assert list(panel.get_xticks()) == [0.5, 1, 2, 5, 10]
 
 
-@pytest.mark.parametrize("frame", [FRAME.iloc[:0], FRAME[FRAME["way"] == "missing"]])
+@pytest.mark.parametrize("frame", [FRAME.iloc[:0], FRAME[FRAME["method"] == "missing"]])
 def test_nothing_to_draw(frame):
     with pytest.raises(ValueError, match="an empty frame: there is nothing to draw"):
         draw_benchmark(frame)

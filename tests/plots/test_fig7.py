@@ -2,10 +2,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.paper import curves
+from analysis.paper import paper_curves
 from plots import draw_fig7
 
-PAPER = curves()
+PAPER = paper_curves()
 FRAME = PAPER.assign(source="hooks", std=PAPER["std"] * 1.1)
 LABELS = ["plain-20", "plain-56", "ResNet-20", "ResNet-56", "ResNet-110"]
 
@@ -23,7 +23,10 @@ def test_two_panels_with_the_papers_words_and_one_legend():
     words = ["layer index (original)", "layer index (sorted by magnitude)"]
     assert [panel.get_xlabel() for panel in figure.axes] == words
     assert [panel.get_ylabel() for panel in figure.axes] == ["std", "std"]
-    assert (figure.get_suptitle(), figure.get_supxlabel()) == ("A title", "A note")
+    assert (figure.legends[0].get_title().get_text(), figure.get_supxlabel()) == (
+        "A title",
+        "A note",
+    )
     assert len(figure.legends) == 1
     assert legend(figure) == LABELS
 

@@ -1,15 +1,18 @@
 """Networks whose BN statistics were recorded under every combination of what there is to recognise."""
 
 import itertools
+import json
 import re
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
-from models import load, zoo
+from models import load
+from models.checkpoints import loading
 from models.checkpoints.recognition import (
     FITS,
     SAMPLE,
@@ -19,7 +22,7 @@ from models.checkpoints.recognition import (
     match_preprocessing,
     sample,
 )
-from models.data.preprocessing import PRESETS, augment, mean_image, per_pixel
+from models.data.preprocessing import PRESETS, augment, mean_image, per_pixel, preset
 from models.resnet import Config, ResNet
 
 
@@ -83,6 +86,64 @@ def test_the_network_is_recognised_among_those_with_the_same_tensors(true, tmp_p
     assert found.warnings == []
 
 
+@pytest.mark.parametrize("padding", ["both", "after"])
+def test_shortcuts_with_average_pooling_are_recognised(padding, tmp_path):
+    seen, images = blobs(600, seed=1), blobs(600, seed=2)
+    config = Config("residual", 14, shortcut="pool", padding=padding)
+    x = augment(seen, PRESETS["cifar10"], "zero", torch.Generator().manual_seed(5))
+    torch.save(record(ResNet(config), x).state_dict(), tmp_path / "a.pt")
+    found = load(tmp_path / "a.pt", images=images)
+    assert found.model.config == config
+    assert found.warnings == []
+
+
+def test_between_a_good_fit_and_none_there_is_a_warning(tmp_path):
+    """The case of the issue: mean 0.5 and std 0.25 passed as cifar10. Numbers of one's own fit."""
+    seen, images = blobs(600, seed=1), blobs(600, seed=2)
+    own = preset("own", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    x = augment(seen, own, "zero", torch.Generator().manual_seed(5))
+    torch.save(record(ResNet(Config("residual", 14)), x).state_dict(), tmp_path / "a.pt")
+    for given, words in (
+        ("0.5,0.5,0.5/0.25,0.25,0.25", []),
+        ("0.52,0.52,0.52/0.27,0.27,0.27", ["the preprocessing fits roughly, so it may be another"]),
+        ("imagenet", ["no preprocessing fits", "the images, the preprocessing or the network are"]),
+    ):
+        found = load(tmp_path / "a.pt", normalize=given, kind="residual", images=images)
+        said = [warning for warning in found.warnings if "kind" not in warning]
+        assert [line.startswith(start) for line, start in zip(said, words, strict=True)] == [
+            True
+        ] * len(words), said
+        assert found.preprocessing.name == given
+
+
+CARDS = [
+    ({"kind": "plain"}, "its card says plain, and the images show residual, which is taken"),
+    ({"padding": "after"}, "its card says residual, zeros after, and the images show residual,"),
+    ({"kind": "plain", "padding": "after"}, "its card says plain, and the images show residual"),
+    ({"kind": None}, None),
+    ({}, None),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), CARDS)
+def test_a_card_is_checked_by_the_forward_pass(change, words, tmp_path):
+    seen, images = blobs(600, seed=1), blobs(600, seed=2)
+    true = Config("residual", 14)
+    x = augment(seen, PRESETS["cifar10"], "zero", torch.Generator().manual_seed(5))
+    path = tmp_path / "a.safetensors"
+    loading.save(
+        path, record(ResNet(true), x), PRESETS["cifar10"], crop_padding="zero", training={}
+    )
+    file = loading.read(path)
+    save_file(file.tensors, path, metadata={"card": json.dumps(file.card | change)})
+    found = load(path, images=images)
+    assert found.config == true
+    assert found.kind_known == ("recognised" if change else "card")
+    assert [warning.startswith(words or "") for warning in found.warnings] == [True] * (
+        words is not None
+    )
+
+
 def test_a_network_that_fits_nothing_is_reported(tmp_path):
     network = record(ResNet(Config("plain", 14)), torch.randn(64, 3, 32, 32))
     torch.save(network.state_dict(), tmp_path / "a.pt")
@@ -122,98 +183,26 @@ def test_the_public_checkpoints(akamaster, real_test):
         assert misfits["plain"] > 2
 
 
-@pytest.mark.parametrize("name", zoo.shipped())
-def test_predictions_tell_the_shipped_networks_from_the_wrong_ones(name, real_test):
-    shipped = load(zoo.find(name))
-    true, state = shipped.model.config, shipped.model.state_dict()
-    configs = [
-        Config("residual", true.depth),
-        Config("residual", true.depth, padding="after"),
-        Config("plain", true.depth),
-    ]
-    x = augment(
-        sample(real_test.images, SAMPLE),
-        shipped.preprocessing,
-        "zero",
-        torch.Generator().manual_seed(0),
-    )
-    told = {}
-    for config in configs:
-        network = ResNet(config).eval()
-        network.load_state_dict(state)
-        with torch.no_grad():
-            told[config] = information(network(x))
-    assert told.pop(true) > 1.9
-    assert max(told.values()) < 0.45
-
-
-def test_predictions_decide_where_few_images_make_the_variance(real_test, tmp_path):
-    """As in resnet-110, whose layers' variances 256 images do not repeat."""
-    shipped = load(zoo.find("resnet-110"))
+@pytest.mark.slow
+def test_the_deepest_shipped_network_is_recognised_though_it_fits_badly(real_test, tmp_path):
+    """In resnet-110 few images make most of the variance, and 256 do not repeat it."""
+    shipped = load("resnet-110")
     torch.save(shipped.model.state_dict(), tmp_path / "a.pt")
     found = load(tmp_path / "a.pt", images=real_test.images)
     assert found.model.config == shipped.model.config
     assert (found.preprocessing.name, found.crop_padding) == ("per-pixel", "zero")
-    assert re.match(r"recognised, misfit \d\.\d\d, ", found.how_kind())
-    assert re.search(r"; its predictions tell most of an image \([12]\.\d+ nats", found.how_kind())
+    assert re.match(r"recognised, misfit 0\.3\d, next best 0\.4", found.how_kind())
     assert len(found.warnings) == 2
-    assert found.warnings[1].startswith(
-        "BN's statistics are not those of these images: few images may make"
-    )
+    assert found.warnings[1].startswith("BN's statistics are not those of these images: few images")
 
 
-class Predicts(nn.Module):
-    """A BN that recorded `times` the variance that it gets, and predictions of classes, sure (1),
-    faint or none (0).
-    """
-
-    def __init__(self, images, times, sure):
-        super().__init__()
-        self.bn, self.sure = nn.BatchNorm2d(3), sure
-        x = PRESETS["[0,1]"](torch.as_tensor(images))
-        self.bn.running_var.copy_(times * x.var(dim=(0, 2, 3), correction=0))
-        self.eval()
-
-    def forward(self, x):
-        self.bn(x)
-        return 100.0 * self.sure * torch.eye(10)[torch.arange(len(x)) % 10]
-
-
-@pytest.mark.parametrize(
-    ("of", "best"),
-    [
-        ([(10, 1), (2, 0), (4, 0)], 0),  # not the smallest misfit
-        ([(10, 1), (1.02, 0)], 1),  # which is a fit
-        ([(10, 1), (2, 1)], 1),  # whose predictions tell as much
-        ([(10, 0.01), (2, 0)], 1),  # whose predictions tell less, but hardly
-    ],
-)
-def test_predictions_decide_where_no_misfit_is_a_fit(of, best):
-    images = blobs(60, seed=0)
-    models = [Predicts(images, times, sure) for times, sure in of]
-    match = match_network(models, images, PRESETS["[0,1]"], "none")
-    assert match.best is models[best]
-    assert match.misfit == pytest.approx(np.log(of[best][0]), abs=1e-4)
-    others = sorted(abs(np.log(times)) for times, _ in of[:best] + of[best + 1 :])
-    assert [misfit for _, misfit in match.others] == pytest.approx(others, abs=1e-4)
-    assert bool(match.by) == (best == 0)
-    assert match.clear == (best == 0 or match.misfit < others[0] / 2)
-
-
-@pytest.mark.parametrize(
-    ("logits", "nats"),
-    [
-        (100 * torch.eye(10), np.log(10)),  # each image is of another class, and surely
-        (torch.randn(10, 1).expand(10, 10), 0),  # no image is of any class
-        (torch.arange(100.0).expand(10, 100), 0),  # all are of one class
-        (torch.full((10, 10), float("nan")), 0),
-        (torch.full((10, 10), float("inf")), 0),
-        (torch.zeros(10, 10, 2, 2), 0),  # no predictions of classes
-        ([torch.zeros(10, 10)], 0),
-    ],
-)
-def test_information_of_predictions(logits, nats):
-    assert information(logits) == pytest.approx(nats, abs=1e-6)
+@pytest.mark.parametrize("name", ["plain-20", "resnet-20"])
+def test_the_shipped_networks_are_recognised_without_their_cards(name, real_test, tmp_path):
+    shipped = load(name)
+    torch.save(shipped.model.state_dict(), tmp_path / "a.pt")
+    found = load(tmp_path / "a.pt", images=real_test.images)
+    assert found.model.config == shipped.model.config
+    assert (found.kind_known, found.kind_fit.good, found.warnings) == ("recognised", True, [])
 
 
 def test_the_best_is_the_smallest_and_nan_is_the_worst():

@@ -240,7 +240,7 @@ def test_a_classifier_of_another_name(network, tmp_path):
     torch.save({name: x for name, x in state.items() if "linear" not in name}, tmp_path / "b.pth")
     with pytest.raises(
         ValueError,
-        match=r"b\.pth: it has the layers of resnet-8, but no classifier called fc or linear; --mo",
+        match=r"b\.pth: it has the layers of resnet-8, but no classifier called fc or linear; its 7",
     ):
         load(tmp_path / "b.pth")
 
@@ -347,3 +347,81 @@ def test_old_files_without_counters(network, tmp_path):
     }
     torch.save(state, tmp_path / "a.pth")
     assert load(tmp_path / "a.pth").config == network.config
+
+
+# Which copy of the weights
+
+
+def mmengine(state, average):
+    return {
+        "meta": {"mmengine_version": "0.10.4", "epoch": 3},
+        "state_dict": average,
+        "ema_state_dict": prefixed("module.", state) | {"steps": torch.tensor(3)},
+        "message_hub": {},
+    }
+
+
+def weight_averaging(state, average):
+    return {
+        "pytorch-lightning_version": "2.6",
+        "state_dict": average,
+        "current_model_state": state,
+        "averaging_state": {"n_averaged": torch.tensor(3)},
+    }
+
+
+def averaged_model(state, average):
+    counted = prefixed("module.", average) | {"n_averaged": torch.tensor(3)}
+    return {"model": state, "swa_state_dict": counted}
+
+
+SAYS = [
+    (mmengine, "ema_state_dict"),
+    (weight_averaging, "current_model_state"),
+    (averaged_model, "model"),
+]
+
+
+@pytest.mark.parametrize(("layout", "raw"), SAYS)
+def test_the_file_says_which_weights_are_the_average(layout, raw, network, other, tmp_path):
+    torch.save(layout(network.state_dict(), other.state_dict()), tmp_path / "a.pth")
+    file = read(tmp_path / "a.pth", ema=True)
+    assert same(at_root(file.tensors), other)
+    assert "an average as the file says" in file.weights_note
+    assert raw in file.weights_note
+    assert same(at_root(read(tmp_path / "a.pth", weights=raw).tensors), network)
+
+
+@pytest.mark.parametrize("name", ["swa_state_dict", "teacher", "best_state_dict", "state_dict_ema"])
+def test_every_other_set_of_weights_is_said_and_can_be_chosen(name, network, other, tmp_path):
+    content = {"state_dict": network.state_dict(), name: other.state_dict(), "loss": torch.ones(1)}
+    torch.save(content, tmp_path / "a.pth")
+    file = read(tmp_path / "a.pth")
+    assert same(file.tensors, network)
+    assert file.weights_note == f"state_dict; also in the file: {name}, which --weights takes"
+    assert same(read(tmp_path / "a.pth", weights=name).tensors, other)
+    with pytest.raises(
+        ValueError, match=f"no weights called gone in it; there are: state_dict, {name}"
+    ):
+        read(tmp_path / "a.pth", weights="gone")
+
+
+def test_a_prefix_chooses_too(network, other, tmp_path):
+    both = prefixed("student.", network.state_dict()) | prefixed("teacher.", other.state_dict())
+    torch.save(both, tmp_path / "a.pth")
+    assert same(at_root(read(tmp_path / "a.pth", weights="teacher").tensors), other)
+
+
+def test_the_state_of_an_optimizer_is_no_set_of_weights(network, tmp_path):
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9)
+    sum(x.sum() for x in network.parameters()).backward()
+    optimizer.step()
+    torch.save({"model": network.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "a")
+    assert read(tmp_path / "a").weights_note == ""
+
+
+def test_two_tensors_of_one_name(network, tmp_path):
+    twice = {"_orig_mod.conv1.weight": torch.ones(16, 3, 3, 3)}
+    torch.save(network.state_dict() | twice, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"two tensors in it are called conv1\.weight"):
+        read(tmp_path / "a.pth")
