@@ -86,10 +86,9 @@ class Recorder:
     def record(self, step: int) -> dict[str, float]:
         """Record the responses if `step` is a multiple of `every`.
 
-        Returns `response_std/NAME` for each convolution NAME (`NAME:2` for its second call in one
-        forward pass) and `response_std/mean` over them, or {} at other steps and if `step` was the
-        last to be recorded. If the step is before the last one, the training went back to it: later
-        records are dropped.
+        Returns `response_std/NAME` for each convolution NAME (`NAME:2` for its second call in a
+        pass) and `response_std/mean` over them; {} at other steps, and if `step` was the last one
+        recorded. An earlier step means that the training went back: later records are dropped.
         """
         step = index(step)
         if step % self.every or step == next(reversed(self.records), None):

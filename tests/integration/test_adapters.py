@@ -1,5 +1,6 @@
 """Short trainings by other packages: the curve while they train is that of their checkpoints."""
 
+import hashlib
 import re
 
 import pandas as pd
@@ -178,6 +179,21 @@ def test_the_blocks_of_the_page_run_when_pasted(title, tmp_path, monkeypatch):
     assert {"recorder", "callback"} & set(names)
     made = {"TensorBoard": "logs/events*", "Weights & Biases": "wandb/offline-run-*"}
     assert list(tmp_path.glob(made.get(title, "dynamics.csv")))
+
+
+def test_wandb_gets_the_numbers_and_a_figure(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    names = {}
+    before, finish, _ = BLOCKS["Weights & Biases"].partition("run.finish()")
+    exec(before, names)
+    summary, frame = dict(names["run"].summary), names["recorder"].frame()
+    exec(finish, names)
+    last = frame[frame["step"] == 10]
+    logged = [summary[f"response_std/{name}"] for name in last["name"]]
+    assert logged == last["std"].tolist()
+    [figure] = tmp_path.glob("wandb/offline-run-*/files/media/images/*.png")
+    assert summary["responses"]["sha256"] == hashlib.sha256(figure.read_bytes()).hexdigest()
 
 
 def test_tensorboard_gets_the_numbers_and_a_figure(tmp_path):
