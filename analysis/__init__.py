@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from analysis.measuring.additions import measure_branches
     from analysis.measuring.measurement import measure
     from analysis.statistics import compare_frames
 
-__all__ = ["compare_frames", "measure"]
+__all__ = ["compare_frames", "measure", "measure_branches"]
 
-HOMES = {"compare_frames": "analysis.statistics", "measure": "analysis.measuring.measurement"}
+HOMES = {
+    "compare_frames": "analysis.statistics",
+    "measure": "analysis.measuring.measurement",
+    "measure_branches": "analysis.measuring.additions",
+}
 
 
 def __getattr__(name: str) -> Any:
