@@ -33,7 +33,7 @@ from analysis.measuring.addition_moments import (
     moments_of,
 )
 from analysis.measuring.batches import Parts, count_images, device_of, run, tensors_in
-from analysis.measuring.dataflow import Flow, Residual
+from analysis.measuring.dataflow import POINTWISE, Flow, Residual
 from analysis.measuring.measurement import PRECISIONS, evaluation, name_of, network_in, whole
 from analysis.measuring.pairs import qualified_names, reachable
 from analysis.measuring.threads import Shared, alone
@@ -141,6 +141,8 @@ class AdditionRecord(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.ran[module] += 1
             return func(*args, **kwargs)
         inputs = list(tensors_in((args, kwargs)))
+        if operation == "convolution" and args[1].shape[2:].numel() == 1:
+            operation = POINTWISE
         verdict = self.judge(operation, operands, inputs)
         moments = self.moments(verdict, operands, module)
         output = func(*args, **kwargs)
@@ -239,7 +241,12 @@ class AdditionRecord(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def take_found(self) -> None:
         """Keep what is residual now that all uses of all values are known."""
         refused = [(name, why) for name, why, value in self.refused if self.flow.is_used(value)]
+        streams = {residual.stream for _, _, residual, _ in self.found}
+        codes = {r.stream for _, _, r, _ in self.found if r.branch in streams}
         for addition, site, residual, value in self.found:
+            if residual.stream in codes:  # as in DETR, which adds position codes again and again
+                refused.append((addition.name, "a code that is added to streams"))
+                continue
             if residual.shortcut == "projection" and self.flow.used_outside(residual, value):
                 refused.append((addition.name, "the branch is used outside, too"))
                 continue

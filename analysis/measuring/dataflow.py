@@ -9,16 +9,18 @@ identity: one operand, the stream, is an ancestor of the other, the branch, and 
     which branches were added since: x + attention(x) + mlp(x).
 projection: the operands' latest common ancestor, the fork, reaches exactly one of them, the
     shortcut, without an activation or a product of two data tensors; the way to the other one has
-    weights; and nothing in between is used outside.
+    weights, and nothing on it is used outside.
 
 Not residual, and known from these rules: position embeddings, masks, biases, rotary embeddings,
 LoRA and RepVGG (two ways without an activation), gates, GELU's polynomial and ConvNeXt V2's GRN (no
-weights on the branch), feature pyramids and Res2Net's splits (used outside), HRNet's fusions.
+
 
 The rules are fooled by what has a residual block's shape without being meant as one: x + linear(x's
 position code), linear(x) + mlp(x), and attention scores with a residual of their own. They do not
 see a sum inside another operation: lerp, a stack that is summed up, the bias operand of addmm, a
-fused add-and-norm kernel. The first three are reported (`HIDDEN`), the last cannot be noticed.
+fused add-and-norm kernel. The first three are reported (`HIDDEN`), the last cannot be noticed. Two
+more are reported as sums: a branch without weights (EfficientFormer's pooling), and a branch that is
+a part of a tensor of which the rest goes elsewhere (timm's DPN, half of a reversible block).
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+POINTWISE = "pointwise_conv"  # the name of a convolution with a kernel of one pixel
 COPIES = re.compile("clone|contiguous|_to_copy|copy|alias|detach|native_dropout|expand|lift_fresh")
 WEIGHTED = re.compile("conv|mm|linear|mv|embedding|norm|lstm|gru|rnn")
 CURVED = re.compile(
@@ -54,6 +57,8 @@ class Value:
     data: whether it depends on the network's input.
     weighted: whether it is the result of a matrix, convolution or norm that has weights.
     curved: whether it is the result of an activation or a product of two data tensors.
+    scaled: whether it is the product of a data tensor and a vector of constants.
+    scalar: whether it is one number.
     streams: the earlier streams, if it is a stream plus branches.
     """
 
@@ -64,6 +69,8 @@ class Value:
     floating: bool
     weighted: bool
     curved: bool
+    scaled: bool
+    scalar: bool
     streams: tuple[int, ...] = ()
 
 
@@ -113,11 +120,17 @@ class Flow:
             ancestors |= self.values[parent].ancestors | 1 << parent
             self.consumers[parent].append(index)
         data = [parent for parent in parents if self.values[parent].data]
-        constant = any(not self.values[p].data and self.values[p].floating for p in parents)
-        curved = CURVED.search(operation) or len(data) > 1 and PRODUCT.search(operation)
-        weighted = constant and WEIGHTED.search(operation)
-        flags = bool(data), result.is_floating_point(), bool(weighted), bool(curved)
-        self.values.append(Value(operation, module, ancestors, *flags))
+        others = [self.values[parent] for parent in parents if not self.values[parent].data]
+        constants = [value for value in others if value.floating]
+        flags = (
+            data,
+            result.is_floating_point(),
+            constants and WEIGHTED.search(operation),
+            CURVED.search(operation) or (len(data) > 1 and PRODUCT.search(operation)),
+            operation in ("mul", "mul_") and not all(value.scalar for value in constants),
+            result.numel() == 1,
+        )
+        self.values.append(Value(operation, module, ancestors, *map(bool, flags)))
         self.consumers.append([])
         return index
 
@@ -198,6 +211,9 @@ class Flow:
         branch = second if stream == first else first
         if not any(self.values[i].weighted for i in ways[branch]):
             return "no weights on the branch"
+        shortcut = [self.values[i] for i in ways[stream]]
+        if any(value.scaled for value in shortcut) and not any(v.weighted for v in shortcut):
+            return "a vector scales the shortcut"
         return Residual("projection", stream, branch, fork, ways[branch])
 
     def latest_common_ancestor(self, first: int, second: int) -> int | None:
@@ -224,11 +240,11 @@ class Flow:
         return not self.used or bool(self.used >> value & 1)
 
     def used_outside(self, residual: Residual, total: int) -> bool:
-        """Whether a value between a projection's fork and its sum has another use than the sum.
+        """Whether a value on a branch has another use than the sum, whose value is `total`.
 
-        total: the value of the sum. What never reaches the network's output is no use.
+        What never reaches the network's output is no use.
         """
-        inside = set(self.between(residual.fork, total)) - {total}
+        inside = set(residual.way)
         uses = {use for value in inside for use in self.consumers[value]} - inside - {total}
         return any(self.outputs >> value & 1 for value in inside) or any(map(self.is_used, uses))
 
@@ -245,6 +261,6 @@ class Flow:
             return "attention"
         if products:
             return "other"
-        if "conv" in words:
+        if "conv" in words.replace(POINTWISE, "mm"):
             return "convolution"
-        return "mlp" if "mm" in words or "linear" in words else "other"
+        return "mlp" if re.search("mm|linear|conv", words) else "other"
