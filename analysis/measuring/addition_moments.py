@@ -19,6 +19,7 @@ from torch import Tensor
 GROUPS, GROUP = 20, 32  # image i belongs to group (i // 32) % 20 of the jackknife
 RUN = 2048  # values, at most, that are added up in float32
 FAR = 16.0  # mean² / variance above which squares in float32 are too coarse; then float64 is used
+ROUNDING = 1e-14  # of a mean square: a smaller variance is that of float32's rounding
 TINY = 1e-30  # mean square below which float32 rounds squares to nothing
 COLUMNS = (
     *("network", "kind", "depth", "addition", "name", "branch", "branch_kind", "shortcut"),
@@ -60,8 +61,10 @@ class AdditionMoments:
         full = self.sums[self.sums[:, 0] > 0]
         if len(full) < 2 or not self.grouped:
             return math.nan
-        ratios = torch.tensor([describe(full.sum(0) - part)["ratio"] for part in full])
-        return math.sqrt((len(full) - 1) * ratios.double().var(correction=0).item())
+        ratios = [describe(full.sum(0) - part)["ratio"] for part in full]
+        mean = sum(ratios) / len(ratios)
+        total = sum((ratio - mean) ** 2 for ratio in ratios)
+        return math.sqrt((len(ratios) - 1) / len(ratios) * total)
 
 
 @dataclass(frozen=True)
@@ -143,16 +146,12 @@ def sums_of(stream: Tensor, branch: Tensor) -> Tensor:
     values = stream[0].numel()
     run = run_length(values)
     s, b = (wide(x).reshape(len(x), -1, run) for x in (stream, branch))  # (N, runs, values)
-    parts = s.sum(-1), b.sum(-1), square(s), square(b), (s * b).sum(-1)
+    products = [torch.linalg.vecdot(x, y) for x, y in ((s, s), (b, b), (s, b))]
+    parts = s.sum(-1), b.sum(-1), *products
     sums = torch.stack([part.double().sum(-1) for part in parts], 1)  # (N, 5)
     if s.dtype == torch.float32 and is_coarse(sums.sum(0), stream.numel()):
         return sums_of(stream.double(), branch.double())
     return torch.cat([torch.full_like(sums[:, :1], values), sums], 1)
-
-
-def square(x: Tensor) -> Tensor:
-    """Return the sum of squares over the last dimension, in float64: small values underflow."""
-    return torch.linalg.vector_norm(x, dim=-1).double().square()
 
 
 def wide(x: Tensor) -> Tensor:
@@ -192,7 +191,8 @@ def describe(sums: Tensor) -> dict[str, float]:
     """
     count, *rest = sums.tolist()
     s, b, ss, bb, sb = (x / count for x in rest)
-    stream, branch, both = max(ss - s * s, 0), max(bb - b * b, 0), sb - s * b
+    stream, branch = (x if x > ROUNDING * x2 else 0 for x, x2 in ((ss - s * s, ss), (bb - b * b, bb)))
+    both = sb - s * b
     return {
         "branch_std": math.sqrt(branch),
         "shortcut_std": math.sqrt(stream),

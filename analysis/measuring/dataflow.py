@@ -12,8 +12,9 @@ projection: the operands' latest common ancestor, the fork, reaches exactly one 
     weights, and nothing on it is used outside.
 
 Not residual, and known from these rules: position embeddings, masks, biases, rotary embeddings,
-LoRA and RepVGG (two ways without an activation), gates, GELU's polynomial and ConvNeXt V2's GRN (no
-
+LoRA and RepVGG (two ways without an activation), gates and HRNet's fusions (no such way), GELU's
+polynomial and ConvNeXt V2's GRN (no weights on the branch), feature pyramids and Res2Net's splits
+(used outside), the skip inside a state-space model (a vector scales the shortcut).
 
 The rules are fooled by what has a residual block's shape without being meant as one: x + linear(x's
 position code), linear(x) + mlp(x), and attention scores with a residual of their own. They do not
