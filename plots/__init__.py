@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from plots.branches import draw_branches
     from plots.compare import draw_compare, draw_stages
     from plots.decomposition import draw_decomposition
     from plots.dynamics import draw_dynamics
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from plots.neighbours import draw_neighbours
 
 __all__ = [
+    "draw_branches",
     "draw_compare",
     "draw_decomposition",
     "draw_dynamics",
@@ -21,6 +23,7 @@ __all__ = [
 ]
 
 HOMES = {
+    "draw_branches": "plots.branches",
     "draw_compare": "plots.compare",
     "draw_decomposition": "plots.decomposition",
     "draw_dynamics": "plots.dynamics",
