@@ -146,8 +146,8 @@ def sums_of(stream: Tensor, branch: Tensor) -> Tensor:
     values = stream[0].numel()
     run = run_length(values)
     s, b = (wide(x).reshape(len(x), -1, run) for x in (stream, branch))  # (N, runs, values)
-    products = [torch.linalg.vecdot(x, y) for x, y in ((s, s), (b, b), (s, b))]
-    parts = s.sum(-1), b.sum(-1), *products
+    squares = [torch.linalg.vector_norm(x, dim=-1).double().square() for x in (s, b)]
+    parts = s.sum(-1), b.sum(-1), *squares, torch.linalg.vecdot(s, b)
     sums = torch.stack([part.double().sum(-1) for part in parts], 1)  # (N, 5)
     if s.dtype == torch.float32 and is_coarse(sums.sum(0), stream.numel()):
         return sums_of(stream.double(), branch.double())

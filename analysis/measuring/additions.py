@@ -43,6 +43,10 @@ SHOWN = 8  # kinds of other sums that a message lists
 Site = tuple[str, int]  # a sum: its module, and how many sums ran there before it in this pass
 
 
+class NoAdditions(ValueError):
+    """A network has no residual additions; the message lists its other sums."""
+
+
 @contextmanager
 def without_fast_path() -> Iterator[None]:
     """Switch off the fused nn.TransformerEncoder, in which no addition is to be seen."""
@@ -71,7 +75,8 @@ class Sum:
         first, *factors = args[: 3 if "addcmul" in operation else 2]
         if not all(isinstance(x, Tensor) and x.is_floating_point() for x in (first, *factors)):
             return None
-        shape = torch.broadcast_shapes(*(factor.shape for factor in factors))
+        shapes = [factor.shape for factor in factors]
+        shape = shapes[0] if len(shapes) == 1 else torch.broadcast_shapes(*shapes)
         if first.shape != shape or first.dim() < 2 or not first.numel():
             return None
         second = factors[0] * factors[1] if len(factors) > 1 else factors[0]
@@ -86,11 +91,14 @@ class AdditionRecord(TorchDispatchMode):  # type: ignore[no-untyped-call]
     others: every other sum of two data-dependent tensors of one shape in the first pass, as
         {(module, reason): how often}. A missed addition is among these.
     mask: set before a pass, the positions that count: (N, T) bool.
+    replace: if set, later passes measure nothing; it returns what stands for an addition, by its
+        position and operands, or None for the sum itself.
     """
 
-    def __init__(self, positions: bool) -> None:
+    def __init__(self, names: dict[nn.Module, str], positions: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.positions = positions
+        self.names, self.positions = names, positions
+        self.replace: Callable[[int, Sum], Tensor | None] | None = None
         self.additions: list[Addition] = []
         self.others: Counter[tuple[str, str]] = Counter()
         self.mask: Tensor | None = None
@@ -136,10 +144,13 @@ class AdditionRecord(TorchDispatchMode):  # type: ignore[no-untyped-call]
         operation, module = func._schema.name.partition("::")[2], self.stack[-1]
         operands = Sum.of(operation, args, kwargs) if operation in SUMS else None
         if self.passes:
+            replaced = None
             if operands is not None:
-                self.measure_again((module, self.ran[module]), operands)
+                replaced = self.sum_again((module, self.ran[module]), operands)
                 self.ran[module] += 1
-            return func(*args, **kwargs)
+            if replaced is None:
+                return func(*args, **kwargs)
+            return args[0].copy_(replaced) if operation.endswith("_") else replaced.clone()
         inputs = list(tensors_in((args, kwargs)))
         if operation == "convolution" and args[1].shape[2:].numel() == 1:
             operation = POINTWISE
@@ -207,15 +218,18 @@ class AdditionRecord(TorchDispatchMode):  # type: ignore[no-untyped-call]
         channels = addition.channels if self.positions else None
         return moments_of(stream, branch, self.batch, self.images, self.mask, channels)
 
-    def measure_again(self, site: Site, operands: Sum) -> None:
-        """Measure a sum of a later pass, if it is an addition."""
+    def sum_again(self, site: Site, operands: Sum) -> Tensor | None:
+        """Measure a sum of a later pass, if it is an addition, or return what stands for it."""
         position = self.sites.get(site)
         if position is None:
-            return
+            return None
+        if self.replace is not None:
+            return self.replace(position, operands)
         addition = self.additions[position]
         if position != len(self.passing) or operands.first.dim() != len(addition.shape) + 1:
             raise self.other_path(addition.name)
         self.passing.append(self.reduce(addition, operands))
+        return None
 
     def end_pass(self) -> None:
         """Take in a forward pass that is over: one call of the network, or several.
@@ -290,7 +304,7 @@ def recording_additions(model: nn.Module, *, positions: bool = False) -> Iterato
     positions: also measure norms and angles of the vectors at each position.
     """
     names = qualified_names(model)
-    record = AdditionRecord(positions)
+    record = AdditionRecord(names, positions)
 
     def enter(module: nn.Module, args: Any, kwargs: Any, *, name: str) -> None:
         record.enter(name, (args, kwargs))
@@ -375,7 +389,7 @@ def measure_branches(
     if not images:
         raise ValueError("no images: there is nothing to measure")
     if not record.additions:
-        raise ValueError(f"{network}: no residual additions; {record.list_others()}")
+        raise NoAdditions(f"{network}: no residual additions; {record.list_others()}")
     kind, depth = network_in(model)
     frame = additions_frame(
         record.additions, network=network, kind=kind, depth=depth, images=images
