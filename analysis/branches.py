@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from analysis.cli.items import (
     check_options,
     find_network,
     positive,
+    trained,
 )
 from analysis.cli.outputs import as_csv, as_images, as_json, finish, versions, write_files
 from models.messages import does_not_run, is_out_of_memory, one_line
@@ -48,6 +49,7 @@ class Subject:
 
     batches: makes the batches, as often as it is called.
     family: networks of one family, of different depth, are compared.
+    iterations: how long it was trained, if that is known.
     """
 
     label: str
@@ -56,7 +58,8 @@ class Subject:
     provenance: dict[str, Any]
     forward: Callable[[nn.Module, Any], Any] | None = None
     mask: Callable[[Any], Tensor] | None = None
-    family: tuple[str, ...] = field(default=())
+    family: str = ""
+    iterations: int | None = None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
     from plots import draw_branches
 
     check_folder(args.out)
-    frames, provenance, families = [], {}, {}
+    frames, provenance, families, iterations = [], {}, {}, {}
     for subject in find_subjects(args):
         frame = measure_subject(args, subject)
         if frame is None:
@@ -110,6 +113,7 @@ def run(args: argparse.Namespace) -> None:
         others = frame.attrs.pop("others")
         provenance[subject.label] = subject.provenance | {"other_sums": others}
         families[subject.label] = subject.family, tuple(frame["shape"].unique())
+        iterations[subject.label] = subject.iterations
     if not frames:
         raise ValueError("none of the networks has a residual addition")
     frame = pd.concat(frames, ignore_index=True)
@@ -117,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
     files |= as_images("branches", draw_branches(frame), args.format)
     written = write_files(args.out, files)
     print("\n" + table_of(frame).to_string(index=False))
-    print_claim(frame, families)
+    print_claim(frame, families, iterations)
     print(written)
 
 
@@ -251,7 +255,7 @@ def own_subject(
         "network": checkpoint.how["kind"],
     }
     subject = Subject(network.label, checkpoint.model, lambda: (), provenance)
-    subject.family = family_of(checkpoint.model)
+    subject.family, subject.iterations = family_of(checkpoint.model), trained(checkpoint)
     if given is not None:
         subject.batches, provenance["data"] = given, args.batches
         return subject
@@ -264,11 +268,11 @@ def own_subject(
     return subject
 
 
-def family_of(model: nn.Module) -> tuple[str, ...]:
+def family_of(model: nn.Module) -> str:
     """Return what the networks of one family have in common, beside the shapes of their streams."""
     from analysis.measuring.measurement import unwrapped
 
-    return (type(unwrapped(model)).__name__,)
+    return type(unwrapped(model)).__name__
 
 
 def table_of(frame: pd.DataFrame) -> pd.DataFrame:
@@ -292,8 +296,13 @@ def table_of(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def print_claim(frame: pd.DataFrame, families: dict[str, tuple[Any, ...]]) -> None:
-    """Judge the claim on any two networks of one family and different depth."""
+def print_claim(
+    frame: pd.DataFrame, families: dict[str, tuple[Any, ...]], iterations: dict[str, int | None]
+) -> None:
+    """Judge the claim on any two networks of one family and different depth.
+
+    Networks that were trained for different numbers of iterations are shown, but not judged.
+    """
     ratios = {str(name): part["ratio"] for name, part in frame.groupby("network", sort=False)}
     lines = []
     for first, second in combinations(ratios, 2):
@@ -302,14 +311,17 @@ def print_claim(frame: pd.DataFrame, families: dict[str, tuple[Any, ...]]) -> No
         if not same or len(ratios[shallow]) == len(ratios[deep]):
             continue
         less = ratios[deep].median() < ratios[shallow].median()
+        known = iterations[deep], iterations[shallow]
+        unequal = None not in known and known[0] != known[1]
         lines.append(
-            f"    {'+' if less else '-'} a branch has {ratios[deep].median():.3f} times the std of "
-            f"its shortcut in {deep} ({len(ratios[deep])} additions), "
-            f"{ratios[shallow].median():.3f} times in {shallow} ({len(ratios[shallow])})"
+            f"    {'?' if unequal else '+' if less else '-'} a branch has "
+            f"{ratios[deep].median():.3f} times the std of its shortcut in {deep}, "
+            f"{ratios[shallow].median():.3f} times in {shallow} (medians over additions)"
+            + (f"; after {known[0]:,} and {known[1]:,} iterations" if unequal else "")
         )
-    holds = {line.strip()[0] for line in lines}
+    marks = {line.strip()[0] for line in lines} - {"?"}
     words = {"+": "holds", "-": "does not hold"}
-    verdict = "holds in part" if len(holds) > 1 else words[holds.pop()] if holds else None
+    verdict = "holds in part" if len(marks) > 1 else words[marks.pop()] if marks else None
     print(f"\n{CLAIM}: {verdict or 'cannot be judged here'}")
     print("\n".join(lines) or "    ? no two networks of one family and different depth")
 

@@ -78,7 +78,12 @@ def draw_curve(
     if column == "ratio":
         error = 2 * additions["std_error"].astype(float).fillna(0)
         panel.fill_between(
-            index, values - error, values + error, color=line.get_color(), alpha=0.25, linewidth=0
+            index,
+            (values - error).clip(lower=0),
+            values + error,
+            color=line.get_color(),
+            alpha=0.2,
+            linewidth=0,
         )
     size = 1.5 if len(additions) > MANY else 3
     for kind, part in additions.groupby("branch_kind") if kinds else ():

@@ -92,6 +92,8 @@ def load_transformers(name: str) -> HubNetwork:
         config = transformers.AutoConfig.from_pretrained(name, **local)
         [kind] = (config.architectures or ["AutoModel"])[:1]
         model = getattr(transformers, kind).from_pretrained(name, **local)
+    except ImportError as error:
+        raise ValueError(f"hf:{name}: transformers cannot load it: {error}") from error
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(
             f"hf:{name}: no such folder, and no such network in the local cache ({error})"
