@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from analysis.measuring.additions import measure_branches
+    from analysis.measuring.branch_measurement import measure_branches
     from analysis.measuring.measurement import measure
     from analysis.statistics import compare_frames
 
@@ -20,7 +20,7 @@ __all__ = ["compare_frames", "measure", "measure_branches"]
 HOMES = {
     "compare_frames": "analysis.statistics",
     "measure": "analysis.measuring.measurement",
-    "measure_branches": "analysis.measuring.additions",
+    "measure_branches": "analysis.measuring.branch_measurement",
 }
 
 

@@ -129,8 +129,7 @@ def measure_subject(args: argparse.Namespace, subject: Subject) -> pd.DataFrame 
     """Return the frame of a network; None, with a line, if it has no residual additions."""
     from tqdm import tqdm
 
-    from analysis.measuring.additions import NoAdditions, measure_branches
-    from analysis.measuring.lesion import add_lesions
+    from analysis.measuring.branch_measurement import NoAdditions, measure_branches
 
     model = subject.model.to(device_of(args))
     options: dict[str, Any] = {"forward": subject.forward, "mask": subject.mask}
@@ -149,11 +148,26 @@ def measure_subject(args: argparse.Namespace, subject: Subject) -> pd.DataFrame 
             if is_out_of_memory(error):
                 raise
             raise ValueError(f"{subject.label}: {does_not_run(error)}") from error
-    if args.lesion:
-        frame = add_lesions(
-            frame, model, subject.batches(), images=args.lesion, forward=subject.forward
-        )
-    return frame
+    return add_lesion_columns(args, subject, frame) if args.lesion else frame
+
+
+def add_lesion_columns(
+    args: argparse.Namespace, subject: Subject, frame: pd.DataFrame
+) -> pd.DataFrame:
+    """Return the frame with the columns of --lesion."""
+    from tqdm import tqdm
+
+    from analysis.measuring.lesion import add_lesions
+
+    options: dict[str, Any] = {"images": args.lesion, "forward": subject.forward}
+    words = f"{subject.label}, one branch left out"
+    with tqdm(unit=" passes", desc=words, leave=False, disable=None) as bar:
+        try:
+            return add_lesions(
+                frame, subject.model, subject.batches(), progress=bar.update, **options
+            )
+        except ValueError as error:
+            raise ValueError(f"{subject.label}: {error}") from error
 
 
 def device_of(args: argparse.Namespace) -> str:
@@ -195,7 +209,9 @@ def load_batches(words: str) -> Callable[[], Iterable[Any]]:
     except ValueError as error:
         raise ValueError(str(error).replace("--model", "--batches")) from error
     if not callable(function):
-        raise ValueError(f"--batches {words}: not FILE.py:FUNCTION, a function that returns batches")
+        raise ValueError(
+            f"--batches {words}: not FILE.py:FUNCTION, a function that returns batches"
+        )
     made: Callable[[], Iterable[Any]] = function
     return made
 
@@ -276,14 +292,14 @@ def family_of(model: nn.Module) -> str:
 
 
 def table_of(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the median and range of the ratio by network, and by its stages and kinds of branch."""
+    """Return median and range of the ratio by network, stage and kind of branch."""
     import pandas as pd
 
     rows = []
     for network, additions in frame.groupby("network", sort=False):
         groups = [("all", additions)]
         for column, word in (("stage", "stage {}"), ("branch_kind", "{}")):
-            if additions[column].nunique() > 1:
+            if len(set(additions[column])) > 1:
                 parts = additions.groupby(column, sort=False)
                 groups += [(word.format(key), part) for key, part in parts]
         for words, part in groups:

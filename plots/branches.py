@@ -27,8 +27,9 @@ def draw_branches(frame: pd.DataFrame) -> Figure:
     """Draw the ratio of every addition, and the std of the stream after it, in two panels.
 
     frame: columns network, kind, depth, addition, stage, branch_kind, ratio, after_std; and
-        std_error, of which a band of two is drawn. One curve a network. Markers tell the kinds of
-        branches apart, if there are several. A short line marks where a stage begins.
+        std_error, of which a band of two is drawn. One curve a network, or one for each kind of
+        its branches with a marker of its own, if there are several. A short
+        line marks where a stage begins.
 
     Returns a figure that belongs to no window. Raises ValueError for an empty frame.
 
@@ -69,35 +70,24 @@ def draw_curve(
     look: dict[str, dict[str, Any]],
     kinds: bool,
 ) -> None:
-    """Draw one network in one panel, with markers by kind of branch if that is asked for."""
-    index, values = additions["addition"], additions[column].astype(float)
-    several = len(additions) > 1
-    style = {"marker": "" if several else "o", "linewidth": 0.5 if kinds else 1.0}
-    [line] = panel.plot(index, values, **look[network] | style)
-    mark(line, network, index)
-    if column == "ratio":
-        error = 2 * additions["std_error"].astype(float).fillna(0)
-        panel.fill_between(
-            index,
-            (values - error).clip(lower=0),
-            values + error,
-            color=line.get_color(),
-            alpha=0.2,
-            linewidth=0,
-        )
-    size = 1.5 if len(additions) > MANY else 3
-    for kind, part in additions.groupby("branch_kind") if kinds else ():
-        [points] = panel.plot(
-            part["addition"],
-            part[column].astype(float),
-            linestyle="",
-            marker=MARKERS[str(kind)],
-            markersize=size,
-            color=line.get_color(),
-            markerfacecolor=line.get_color() if kind == "attention" else "white",
-            markeredgewidth=0.5,
-        )
-        mark(points, network)
+    """Draw one network in one panel; if that is asked for, a curve for each kind of branch."""
+    parts = additions.groupby("branch_kind", sort=False) if kinds else [("", additions)]
+    for kind, part in parts:
+        index, values = part["addition"], part[column].astype(float)
+        style: dict[str, Any] = {"marker": "" if len(part) > 1 else "o"}
+        if kinds:
+            size = 1.5 if len(additions) > MANY else 3
+            style = {"marker": MARKERS[str(kind)], "markersize": size, "linewidth": 0.5}
+            style |= {"markeredgewidth": 0.5}
+            if kind != "attention":
+                style["markerfacecolor"] = "white"
+        [line] = panel.plot(index, values, **look[network] | style)
+        mark(line, network, index)
+        if column == "ratio":
+            error = 2 * part["std_error"].astype(float).fillna(0)
+            low, high = (values - error).clip(lower=0), values + error
+            color = line.get_color()
+            panel.fill_between(index, low, high, color=color, alpha=0.2, linewidth=0)
 
 
 def draw_stages(panel: Axes, frame: pd.DataFrame, look: dict[str, dict[str, Any]]) -> None:

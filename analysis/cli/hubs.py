@@ -38,7 +38,10 @@ class HubNetwork:
 
 
 def load_hub(item: str) -> HubNetwork:
-    """Load `timm:NAME` or `hf:NAME_OR_FOLDER`. Raises ValueError if package or weights are missing."""
+    """Load `timm:NAME` or `hf:NAME_OR_FOLDER`.
+
+    Raises ValueError if the package or the weights are missing.
+    """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     hub, _, name = item.partition(":")
     return load_timm(name) if hub == "timm" else load_transformers(name)
@@ -68,7 +71,9 @@ def load_timm(name: str) -> HubNetwork:
         return normalised(batch, side, mean, std)
 
     known = f"timm {timm.__version__}, weights of the local cache; preprocessing {side}x{side} "
-    return HubNetwork(name, model, f"{known}pixels, mean {mean}, std {std} (its configuration)", images)
+    return HubNetwork(
+        name, model, f"{known}pixels, mean {mean}, std {std} (its configuration)", images
+    )
 
 
 def normalised(
@@ -138,7 +143,8 @@ def text_batches(
     for start in range(0, len(chosen), size):
         part = chosen[start : start + size]
         ids, special = (
-            torch.tensor([cut[key][i] for i in part]) for key in ("input_ids", "special_tokens_mask")
+            torch.tensor([cut[key][i] for i in part])
+            for key in ("input_ids", "special_tokens_mask")
         )
         batch = {"input_ids": ids, "special_tokens_mask": special, "labels": ids}
         if getattr(network.model.config, "is_encoder_decoder", False):

@@ -191,7 +191,9 @@ def describe(sums: Tensor) -> dict[str, float]:
     """
     count, *rest = sums.tolist()
     s, b, ss, bb, sb = (x / count for x in rest)
-    stream, branch = (x if x > ROUNDING * x2 else 0 for x, x2 in ((ss - s * s, ss), (bb - b * b, bb)))
+    stream, branch = (
+        x if x > ROUNDING * x2 else 0 for x, x2 in ((ss - s * s, ss), (bb - b * b, bb))
+    )
     both = sb - s * b
     return {
         "branch_std": math.sqrt(branch),

@@ -6,45 +6,34 @@
             record.end_pass()
     frame = additions_frame(record.additions, network="resnet-56", images=1000)
 
-`measure_branches` does this and more in one call. The first pass finds the additions (the rules are
-in `analysis.measuring.dataflow`). Later passes only measure, and check that the same additions run
-in the same modules. Operands are reduced as they are added, before an in-place operation overwrites
-them; nothing is stored.
+`analysis.measure_branches` does this and more in one call. The first pass finds the additions (the
+rules are in `analysis.measuring.dataflow`). Later passes only measure, and check that the same
+additions run in the same modules. Operands are reduced as they are added, before an in-place
+operation overwrites them; nothing is stored.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from analysis.measuring.addition_moments import (
-    Addition,
-    AdditionMoments,
-    additions_frame,
-    moments_of,
-)
-from analysis.measuring.batches import Parts, count_images, device_of, run, tensors_in
+from analysis.measuring.addition_moments import Addition, AdditionMoments, moments_of
+from analysis.measuring.batches import tensors_in
 from analysis.measuring.dataflow import POINTWISE, Flow, Residual
-from analysis.measuring.measurement import PRECISIONS, evaluation, name_of, network_in, whole
 from analysis.measuring.pairs import qualified_names, reachable
-from analysis.measuring.threads import Shared, alone
+from analysis.measuring.threads import Shared
 
 SUMS = ("add", "add_", "sub", "sub_", "addcmul", "addcmul_")
 SHOWN = 8  # kinds of other sums that a message lists
 Site = tuple[str, int]  # a sum: its module, and how many sums ran there before it in this pass
-
-
-class NoAdditions(ValueError):
-    """A network has no residual additions; the message lists its other sums."""
 
 
 @contextmanager
@@ -76,7 +65,8 @@ class Sum:
         if not all(isinstance(x, Tensor) and x.is_floating_point() for x in (first, *factors)):
             return None
         shapes = [factor.shape for factor in factors]
-        shape = shapes[0] if len(shapes) == 1 else torch.broadcast_shapes(*shapes)
+        broadcast: Any = torch.broadcast_shapes  # untyped, and slow: not for one shape
+        shape = shapes[0] if len(shapes) == 1 else broadcast(*shapes)
         if first.shape != shape or first.dim() < 2 or not first.numel():
             return None
         second = factors[0] * factors[1] if len(factors) > 1 else factors[0]
@@ -161,8 +151,8 @@ class AdditionRecord(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(verdict, str) and verdict and value is not None:
             self.refused.append((module, verdict, value))
         elif isinstance(verdict, Residual) and moments is not None and value is not None:
-            stream = self.flow.values[verdict.stream].streams
-            self.flow.values[value].streams = *stream, verdict.stream
+            stream = self.flow.nodes[verdict.stream].streams
+            self.flow.nodes[value].streams = *stream, verdict.stream
             self.found.append((moments, (module, self.ran[module]), verdict, value))
         self.ran[module] += operands is not None
         return output
@@ -172,17 +162,19 @@ class AdditionRecord(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if operands is None:
             return self.flow.hidden_sum(operation, inputs)
         first, *factors = map(self.flow.of, (operands.first, *operands.factors))
-        second = max(factors, key=lambda i: (self.flow.values[i].data, i))
+        second = max(factors, key=lambda i: (self.flow.nodes[i].data, i))
         verdict = self.flow.judge(first, second)
-        both = all(self.flow.values[i].data for i in (first, second))
+        both = all(self.flow.nodes[i].data for i in (first, second))
         return verdict if isinstance(verdict, Residual) or both else ""
 
-    def moments(self, verdict: Residual | str, operands: Sum | None, module: str) -> Addition | None:
+    def moments(
+        self, verdict: Residual | str, operands: Sum | None, module: str
+    ) -> Addition | None:
         """Measure an addition that was found."""
         if operands is None or not isinstance(verdict, Residual):
             return None
         swapped = self.flow.of(operands.first) == verdict.branch
-        values = [self.flow.values[i] for i in verdict.way]
+        values = [self.flow.nodes[i] for i in verdict.way]
         matrices = [v.operation for v in values if v.weighted and "norm" not in v.operation]
         maps = operands.first.dim() > 2 and (not matrices or "conv" in matrices[-1])
         addition = Addition(
@@ -206,9 +198,7 @@ class AdditionRecord(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if inside:
             return min(inside, key=lambda name: name.count("."))
         return next(
-            self.flow.values[i].module
-            for i in reversed(residual.way)
-            if self.flow.values[i].weighted
+            self.flow.nodes[i].module for i in reversed(residual.way) if self.flow.nodes[i].weighted
         )
 
     def reduce(self, addition: Addition, operands: Sum) -> AdditionMoments:
@@ -277,7 +267,7 @@ class AdditionRecord(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
 
     def list_others(self) -> str:
-        """Describe the sums that are no residual additions, such as `relu: no weights (3 times)`."""
+        """Describe the sums that are no residual additions, with their reasons."""
         if not self.others:
             return "no sum of two tensors of one shape that depend on the input"
         lines = [f"{n or 'the network'}: {why} ({k}x)" for (n, why), k in self.others.items()]
@@ -323,76 +313,3 @@ def recording_additions(model: nn.Module, *, positions: bool = False) -> Iterato
             stack.enter_context(module.register_forward_hook(leave))
         stack.enter_context(record)
         yield record
-
-
-def measure_branches(
-    model: nn.Module,
-    batches: Iterable[Any],
-    *,
-    network: str = "network",
-    forward: Callable[[nn.Module, Any], Any] | None = None,
-    positions: bool = False,
-    mask: Callable[[Any], Tensor] | None = None,
-    precision: str = "float32",
-    progress: Callable[[int], object] | None = None,
-) -> pd.DataFrame:
-    """Measure how much each residual addition of a network changes the signal.
-
-    model: any network, on a CPU or a CUDA GPU; it is left as it was.
-    batches: tensors (N, ...), (inputs, labels), or dicts of tensors that the network takes as
-        keywords. If memory is short, they run in halves, and a line on stderr says so.
-    network: the label in the frame.
-    forward: runs the model on one batch of any other type.
-    positions: add the columns `norm_ratio, growth, cosine, block_influence, angle`.
-    mask: returns for a batch which positions count, (N, T) bool: not padding, not the
-        begin-of-sequence token, which are outliers. It needs additions of shape (N, T, C).
-    precision: `float32`, or `bfloat16` for autocast.
-    progress: called with the number of images after each batch.
-
-    Returns the frame, one row an addition (see `additions_frame`), with the sums that are no
-    residual additions in `frame.attrs["others"]`. Raises ValueError if there are no batches or no
-    additions, and then lists the sums that were seen; and for NaN or infinity.
-
-    >>> layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
-    >>> frame = measure_branches(layer, [torch.randn(2, 5, 16)])
-    >>> frame[["branch", "branch_kind", "shape"]].values.tolist()
-    [['self_attn', 'attention', '5x16'], ['linear2', 'mlp', '5x16']]
-    """
-    if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}: one of {', '.join(PRECISIONS)}")
-    run_batch = forward or run
-    autocast = torch.autocast(
-        device_of(model).type,
-        PRECISIONS[precision],
-        enabled=precision != "float32",
-        cache_enabled=False,
-    )
-    why_whole = "which forward= runs" if forward else whole(model)
-    parts = Parts(name_of(model), why_whole and f"{why_whole}, so it is not split")
-    images = 0
-    with alone(model), evaluation(model), recording_additions(model, positions=positions) as record:
-
-        def attempt(part: Any) -> int:
-            record.drop_pass()
-            record.mask = mask(part) if mask else None
-            with autocast:
-                run_batch(model, part)
-            record.end_pass()
-            return count_images(part)
-
-        for batch in batches:
-            if count_images(batch):
-                count = sum(parts(batch, attempt))
-                images += count
-                if progress:
-                    progress(count)
-    if not images:
-        raise ValueError("no images: there is nothing to measure")
-    if not record.additions:
-        raise NoAdditions(f"{network}: no residual additions; {record.list_others()}")
-    kind, depth = network_in(model)
-    frame = additions_frame(
-        record.additions, network=network, kind=kind, depth=depth, images=images
-    )
-    frame.attrs["others"] = {f"{name}: {why}": k for (name, why), k in record.others.items()}
-    return frame

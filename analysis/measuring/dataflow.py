@@ -19,9 +19,10 @@ polynomial and ConvNeXt V2's GRN (no weights on the branch), feature pyramids an
 The rules are fooled by what has a residual block's shape without being meant as one: x + linear(x's
 position code), linear(x) + mlp(x), and attention scores with a residual of their own. They do not
 see a sum inside another operation: lerp, a stack that is summed up, the bias operand of addmm, a
-fused add-and-norm kernel. The first three are reported (`HIDDEN`), the last cannot be noticed. Two
-more are reported as sums: a branch without weights (EfficientFormer's pooling), and a branch that is
-a part of a tensor of which the rest goes elsewhere (timm's DPN, half of a reversible block).
+fused add-and-norm kernel. The first three are reported (`HIDDEN`), the last cannot be noticed.
+Two more are reported as sums: a branch without weights (EfficientFormer's pooling), and a branch
+that is a part of a tensor of which the rest goes elsewhere (timm's DPN, half of a reversible
+block).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -90,7 +92,7 @@ class Residual:
 class Flow:
     """All values of one forward pass in their order, and which tensor holds which of them."""
 
-    values: list[Value] = field(default_factory=list)
+    nodes: list[Value] = field(default_factory=list)
     consumers: list[list[int]] = field(default_factory=list)
     storages: dict[int, StorageWeakRef] = field(default_factory=dict)  # kept: no address is reused
     latest: dict[int, int] = field(default_factory=dict)  # storage -> the value last written there
@@ -99,8 +101,9 @@ class Flow:
     used: int = 0  # bit i is set if the output is value i or was computed from it
 
     def storage_of(self, tensor: Tensor) -> int:
-        reference = StorageWeakRef(tensor.untyped_storage())
-        return self.storages.setdefault(reference.cdata, reference).cdata
+        reference: Any = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        self.storages.setdefault(reference.cdata, reference)
+        return int(reference.cdata)
 
     def view_of(self, tensor: Tensor) -> tuple[object, ...]:
         place = tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
@@ -116,35 +119,38 @@ class Flow:
 
     def add(self, operation: str, parents: Sequence[int], result: Tensor, module: str) -> int:
         """Append a value and return its number."""
-        index, ancestors = len(self.values), 0
+        index, ancestors = len(self.nodes), 0
         for parent in parents:
-            ancestors |= self.values[parent].ancestors | 1 << parent
+            ancestors |= self.nodes[parent].ancestors | 1 << parent
             self.consumers[parent].append(index)
-        data = [parent for parent in parents if self.values[parent].data]
-        others = [self.values[parent] for parent in parents if not self.values[parent].data]
+        data = [parent for parent in parents if self.nodes[parent].data]
+        others = [self.nodes[parent] for parent in parents if not self.nodes[parent].data]
         constants = [value for value in others if value.floating]
-        flags = (
-            data,
-            result.is_floating_point(),
-            constants and WEIGHTED.search(operation),
-            CURVED.search(operation) or (len(data) > 1 and PRODUCT.search(operation)),
-            operation in ("mul", "mul_") and not all(value.scalar for value in constants),
-            result.numel() == 1,
+        value = Value(
+            operation,
+            module,
+            ancestors,
+            data=bool(data),
+            floating=result.is_floating_point(),
+            weighted=bool(constants and WEIGHTED.search(operation)),
+            curved=bool(CURVED.search(operation) or (len(data) > 1 and PRODUCT.search(operation))),
+            scaled=operation in ("mul", "mul_") and not all(value.scalar for value in constants),
+            scalar=result.numel() == 1,
         )
-        self.values.append(Value(operation, module, ancestors, *map(bool, flags)))
+        self.nodes.append(value)
         self.consumers.append([])
         return index
 
     def add_inputs(self, tensors: Iterable[Tensor]) -> None:
         """Mark what comes into the network."""
         for tensor in tensors:
-            self.values[self.of(tensor)].data = True
+            self.nodes[self.of(tensor)].data = True
 
     def add_outputs(self, tensors: Iterable[Tensor]) -> None:
         """Mark what the network returns."""
         for value in map(self.of, tensors):
             self.outputs |= 1 << value
-            self.used |= self.values[value].ancestors | 1 << value
+            self.used |= self.nodes[value].ancestors | 1 << value
 
     def record(
         self, operation: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], module: str
@@ -180,11 +186,11 @@ class Flow:
             self.latest[self.storage_of(tensor)] = value
 
     def comes_from(self, value: int, ancestor: int) -> bool:
-        return bool(self.values[value].ancestors >> ancestor & 1)
+        return bool(self.nodes[value].ancestors >> ancestor & 1)
 
     def between(self, start: int, end: int) -> list[int]:
         """Return the values on all ways from start to end, with the end and without the start."""
-        found, rest = [], self.values[end].ancestors >> start + 1
+        found, rest = [], self.nodes[end].ancestors >> start + 1
         while rest:
             lowest = (rest & -rest).bit_length()
             if self.comes_from(start + lowest, start):
@@ -195,41 +201,41 @@ class Flow:
     def judge(self, first: int, second: int) -> Residual | str:
         """Return the residual addition that a sum of two values is, or why it is none."""
         for stream, branch in ((first, second), (second, first)):
-            for start in (stream, *reversed(self.values[stream].streams)):
-                if self.comes_from(branch, start) and self.values[start].floating:
+            for start in (stream, *reversed(self.nodes[stream].streams)):
+                if self.comes_from(branch, start) and self.nodes[start].floating:
                     way = self.between(start, branch)
-                    if not any(self.values[i].weighted for i in way):
+                    if not any(self.nodes[i].weighted for i in way):
                         return "no weights on the branch"
                     return Residual("identity", stream, branch, start, way)
         fork = self.latest_common_ancestor(first, second)
         if fork is None:
             return "no common origin"
         ways = {value: self.between(fork, value) for value in (first, second)}
-        straight = [v for v, way in ways.items() if not any(self.values[i].curved for i in way)]
+        straight = [v for v, way in ways.items() if not any(self.nodes[i].curved for i in way)]
         if len(straight) != 1:
             return f"{'two ways' if straight else 'no way'} without an activation"
         [stream] = straight
         branch = second if stream == first else first
-        if not any(self.values[i].weighted for i in ways[branch]):
+        if not any(self.nodes[i].weighted for i in ways[branch]):
             return "no weights on the branch"
-        shortcut = [self.values[i] for i in ways[stream]]
+        shortcut = [self.nodes[i] for i in ways[stream]]
         if any(value.scaled for value in shortcut) and not any(v.weighted for v in shortcut):
             return "a vector scales the shortcut"
         return Residual("projection", stream, branch, fork, ways[branch])
 
     def latest_common_ancestor(self, first: int, second: int) -> int | None:
         """Return the latest data value, a floating one, that both were computed from."""
-        common = self.values[first].ancestors & self.values[second].ancestors
+        common = self.nodes[first].ancestors & self.nodes[second].ancestors
         while common:
             latest = common.bit_length() - 1
-            if self.values[latest].data:
-                return latest if self.values[latest].floating else None
+            if self.nodes[latest].data:
+                return latest if self.nodes[latest].floating else None
             common ^= 1 << latest
         return None
 
     def hidden_sum(self, operation: str, inputs: Sequence[Tensor]) -> str:
         """Say in which operation a sum of two data tensors of one shape hides, or return ''."""
-        reason, values = HIDDEN.get(operation, ""), [self.values[self.of(x)] for x in inputs[:2]]
+        reason, values = HIDDEN.get(operation, ""), [self.nodes[self.of(x)] for x in inputs[:2]]
         if operation == "sum":
             stacked = values[0].operation == "stack" and values[0].data
             return reason if stacked else ""
@@ -255,8 +261,8 @@ class Flow:
         Attention is a softmax and a product of two data matrices; such a product without a softmax
         is a state-space model or linear attention, and is called other.
         """
-        operations = [self.values[i].operation for i in way]
-        products = any("bmm" in self.values[i].operation and self.values[i].curved for i in way)
+        operations = [self.nodes[i].operation for i in way]
+        products = any("bmm" in self.nodes[i].operation and self.nodes[i].curved for i in way)
         words = " ".join(operations)
         if "attention" in words or ("softmax" in words and products):
             return "attention"

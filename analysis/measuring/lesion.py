@@ -69,7 +69,9 @@ def add_lesions(
                     if progress:
                         progress(1)
     if not seen or not totals[-1, 2]:
-        raise ValueError("--lesion: no labels, or no logits to compare them with: add them to the batches")
+        raise ValueError(
+            "--lesion: no labels, or no logits to compare them with: add them to the batches"
+        )
     hits, loss, count = totals.unbind(1)
     accuracy, mean = hits / count, loss / count
     return frame.assign(

@@ -7,6 +7,7 @@ these tests need; without them they are skipped.
 
 import importlib
 from collections import Counter
+from contextlib import suppress
 
 import pytest
 import torch
@@ -30,7 +31,10 @@ TORCHVISION = {
     "mobilenet_v3_small": (6, 64),  # Table 2: 6 of 11 rows do
     "mnasnet1_0": (10, 64),  # 3,3,3,2,4,1 blocks, all but the first of each stack
     "efficientnet_b0": (9, 64),  # Table 1: 1,2,2,3,3,4,1 blocks, all but the first of each stage
-    "efficientnet_v2_s": (35, 64),  # Table 4: 2,4,4,6,9,15; the first stage keeps width, the 5th not
+    "efficientnet_v2_s": (
+        35,
+        64,
+    ),  # Table 4: 2,4,4,6,9,15; the first stage keeps width, the 5th not
     "regnet_y_400mf": (16, 64),  # depths 1,3,6,6; each block has a shortcut
     "regnet_x_400mf": (22, 64),  # depths 1,2,7,12
     "convnext_tiny": (18, 64),  # depths 3,3,9,3
@@ -84,10 +88,14 @@ HEADS = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
 SEQUENCES = HEADS | {"d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
 IMAGE = SMALL | {"image_size": 32, "patch_size": 8, "num_hidden_layers": 3}
 DOWN = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
-# (expected additions, inputs, configuration); a layer has attention and MLP, if nothing else is said
+# (expected additions, inputs, configuration): attention and MLP of 3 layers, unless a comment says
 TRANSFORMERS = {
     "GPT2": (6, "ids", {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 99}),
-    "GPTJ": (3, "ids", {"n_embd": 32, "n_layer": 3, "n_head": 4, "rotary_dim": 4}),  # one joint branch
+    "GPTJ": (
+        3,
+        "ids",
+        {"n_embd": 32, "n_layer": 3, "n_head": 4, "rotary_dim": 4},
+    ),  # one joint branch
     "GPTNeoX": (3, "ids", TEXT),  # one joint branch of attention and MLP
     "Llama": (6, "ids", TEXT),
     "Mistral": (6, "ids", GROUPED),
@@ -102,14 +110,22 @@ TRANSFORMERS = {
     "DistilBert": (6, "ids", {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 64}),
     "DebertaV2": (6, "ids", TEXT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
     "XLNet": (6, "ids", {"d_model": 32, "n_layer": 3, "n_head": 4, "d_inner": 64}),
-    "T5": (15, "both", {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4}),  # 2+3
+    "T5": (
+        15,
+        "both",
+        {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4},
+    ),  # 2+3
     "Bart": (15, "ids", SEQUENCES | {"encoder_layers": 3, "decoder_layers": 3}),  # 2 and 3 a layer
     "Whisper": (
         13,  # 2 layers of 2 and 3 layers of 3
         "speech",
         SEQUENCES | {"encoder_layers": 2, "decoder_layers": 3, "max_source_positions": 50},
     ),
-    "Mamba": (3, "ids", {"hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 99}),  # one a layer
+    "Mamba": (
+        3,
+        "ids",
+        {"hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 99},
+    ),  # one a layer
     "Rwkv": (6, "ids", {"hidden_size": 32, "num_hidden_layers": 3, "attention_hidden_size": 32}),
     "ViT": (6, "images", IMAGE),
     "Dinov2": (6, "images", IMAGE),
@@ -122,7 +138,10 @@ TRANSFORMERS = {
 }
 INPUTS = {
     "ids": {"input_ids": torch.arange(24).view(2, 12) + 3},
-    "both": {"input_ids": torch.arange(24).view(2, 12), "decoder_input_ids": torch.ones(2, 5).long()},
+    "both": {
+        "input_ids": torch.arange(24).view(2, 12),
+        "decoder_input_ids": torch.ones(2, 5).long(),
+    },
     "images": {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)},
     "speech": {
         "input_features": torch.linspace(-1, 1, 2 * 80 * 100).view(2, 80, 100),
@@ -132,15 +151,11 @@ INPUTS = {
 
 
 def imported(name):
-    """A package of an extra; torchvision needs two operators, which its wheel for GPUs registers."""
-    if name == "torchvision":
-        for operator in ("nms", "qnms"):
-            try:
-                torch.library.define(
-                    f"torchvision::{operator}", "(Tensor boxes, Tensor scores, float limit) -> Tensor"
-                )
-            except RuntimeError:
-                pass  # it is there
+    """A package of an extra. torchvision needs two operators, which a wheel for GPUs lacks here."""
+    schema = "(Tensor boxes, Tensor scores, float limit) -> Tensor"
+    for operator in ("torchvision::nms", "torchvision::qnms"):
+        with suppress(RuntimeError):  # it is there
+            torch.library.define(operator, schema)
     return pytest.importorskip(name, reason=f"the extra with {name} is not installed")
 
 

@@ -67,11 +67,17 @@ def test_numbers(make):
         stds[key] = tensor.double().std(correction=0).item()
 
     for i, (taker, maker) in enumerate(sites):
-        taker.register_forward_pre_hook(lambda module, args, i=i: keep((i, "shortcut_std"), args[0]))
-        maker.register_forward_hook(lambda module, args, output, i=i: keep((i, "branch_std"), output))
+        taker.register_forward_pre_hook(
+            lambda module, args, i=i: keep((i, "shortcut_std"), args[0])
+        )
+        maker.register_forward_hook(
+            lambda module, args, output, i=i: keep((i, "branch_std"), output)
+        )
     frame = analysis.measure_branches(model, [batch])
     assert len(frame) == len(sites)
     for i, row in enumerate(frame.to_dict("records")):
         for column in ("shortcut_std", "branch_std"):
             assert row[column] == pytest.approx(stds[i, column], rel=1e-6), (i, column)
-        assert row["ratio"] == pytest.approx(stds[i, "branch_std"] / stds[i, "shortcut_std"], rel=1e-6)
+        assert row["ratio"] == pytest.approx(
+            stds[i, "branch_std"] / stds[i, "shortcut_std"], rel=1e-6
+        )

@@ -22,9 +22,9 @@ def frame_of(network="mine", additions=4, kinds=("attention", "mlp"), stages=1):
 def test_a_curve_for_every_network_and_markers_for_kinds():
     figure = draw_branches(pd.concat([frame_of("a"), frame_of("b", additions=6)]))
     ratios, stream = figure.axes
-    curves = [line for line in ratios.lines if line.get_linestyle() == "-"]
-    assert [len(line.get_xdata()) for line in curves] == [4, 6]
-    assert [line.get_marker() for line in ratios.lines if line not in curves] == ["o", "s"] * 2
+    curves = [(line.get_marker(), line.get_xdata().tolist()) for line in ratios.lines]
+    assert curves[:2] == [("s", [1, 3]), ("o", [2, 4])]
+    assert curves[2:] == [("s", [1, 3, 5]), ("o", [2, 4, 6])]
     assert len(stream.lines) == 2
     [legend] = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["a", "b", "attention", "MLP"]
@@ -42,10 +42,10 @@ def test_stage_boundaries():
 
 
 def test_std_errors_are_a_band():
-    [band] = draw_branches(frame_of()).axes[0].collections
+    [band] = draw_branches(frame_of(kinds=("mlp",))).axes[0].collections
     assert band.get_paths()[0].get_extents().ymax == pytest.approx(1.2)
 
 
 def test_nothing_to_draw():
-    with pytest.raises(ValueError, match="^an empty frame: there is nothing to draw$"):
+    with pytest.raises(ValueError, match=r"^an empty frame: there is nothing to draw$"):
         draw_branches(frame_of().iloc[:0])

@@ -161,7 +161,9 @@ def test_position_codes_that_are_added_again_are_no_streams():
 
 def test_hooks_that_compute_with_a_branch_do_not_use_it():
     model = Function(lambda m, x: m.a(x) + m.c(F.relu(m.b(x))))
-    model.b.register_forward_hook(lambda module, args, output: output.double().square().sum() and None)
+    model.b.register_forward_hook(
+        lambda module, args, output: output.double().square().sum() and None
+    )
     assert [a.shortcut for a in record_of(model, torch.randn(2, 8)).additions] == ["projection"]
 
 
@@ -215,7 +217,9 @@ def test_all_columns_against_two_passes_in_float64(offset):
         "cosine": F.cosine_similarity(s, b, dim=-1).mean(),
     }
     for column, value in expected.items():
-        assert row[column] == pytest.approx(float(value), rel=2e-5 if column == "std_error" else 1e-6), column
+        assert row[column] == pytest.approx(
+            float(value), rel=2e-5 if column == "std_error" else 1e-6
+        ), column
     assert row["block_influence"] == pytest.approx(float(1 - along.mean()), rel=1e-5, abs=1e-7)
     assert row["count"] == 700 * 5 * 16
 
@@ -224,9 +228,7 @@ def test_normalised_branches_at_initialisation_have_ratios_of_one_over_root_l():
     """De & Smith (2020): a stream of variance l + 1, if every branch ends in BN."""
     torch.manual_seed(0)
     own = {"affine": True, "track_running_stats": False}
-    layers = [
-        Block(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64, **own)) for _ in range(8)
-    ]
+    layers = [Block(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64, **own)) for _ in range(8)]
     model = nn.Sequential(nn.BatchNorm2d(64, **own), *layers)
     for layer in layers:
         nn.init.orthogonal_(layer.f[0].weight)
@@ -247,12 +249,12 @@ def test_orthogonal_unit_branches():
 
     x = F.one_hot(torch.zeros(6, 3, dtype=torch.long), 8).float()
     frame = analysis.measure_branches(Function(function), [x], positions=True)
-    for l, row in enumerate(frame.to_dict("records"), start=1):
-        assert row["norm_ratio"] == pytest.approx(1 / math.sqrt(l))
-        assert row["growth"] == pytest.approx(math.sqrt((l + 1) / l))
+    for block, row in enumerate(frame.to_dict("records"), start=1):
+        assert row["norm_ratio"] == pytest.approx(1 / math.sqrt(block))
+        assert row["growth"] == pytest.approx(math.sqrt((block + 1) / block))
         assert row["cosine"] == pytest.approx(0, abs=1e-7)
-        assert row["block_influence"] == pytest.approx(1 - math.sqrt(l / (l + 1)))
-        assert row["angle"] == pytest.approx(math.atan(1 / math.sqrt(l)) / math.pi)
+        assert row["block_influence"] == pytest.approx(1 - math.sqrt(block / (block + 1)))
+        assert row["angle"] == pytest.approx(math.atan(1 / math.sqrt(block)) / math.pi)
 
 
 def test_positions_without_a_vector_have_no_angle():
@@ -343,11 +345,10 @@ def test_layers_and_additions_from_the_same_passes():
     model = build("resnet-8").eval()
     x = torch.randn(24, 3, 32, 32)
     alone = analysis.measure(model, [x[:8], x[8:]])
-    with recording_additions(model) as record:
-        with measuring(model) as measurement:
-            for batch in (x[:8], x[8:]):
-                measurement.add(batch)
-                record.end_pass()
+    with recording_additions(model) as record, measuring(model) as measurement:
+        for batch in (x[:8], x[8:]):
+            measurement.add(batch)
+            record.end_pass()
     frame = measurement.result().to_frame("network")
     pd.testing.assert_series_equal(frame["std"], alone["std"], rtol=1e-6)
     expected = analysis.measure_branches(model, [x])
@@ -387,14 +388,12 @@ def test_another_path_is_an_error():
 def test_no_additions_and_what_was_seen():
     message = "^plain-8: no residual additions; no sum of two tensors of one shape that depend"
     with pytest.raises(ValueError, match=message):
-        analysis.measure_branches(
-            build("plain-8"), [torch.randn(2, 3, 32, 32)], network="plain-8"
-        )
+        analysis.measure_branches(build("plain-8"), [torch.randn(2, 3, 32, 32)], network="plain-8")
     model = Function(lambda m, x: m.a(x) + m.b(x))
     message = r"its sums are: the network: two ways without an activation \(1x\)$"
     with pytest.raises(ValueError, match=message):
         analysis.measure_branches(model, [torch.randn(2, 8)])
-    with pytest.raises(ValueError, match="^no images: there is nothing to measure$"):
+    with pytest.raises(ValueError, match=r"^no images: there is nothing to measure$"):
         analysis.measure_branches(model, [])
 
 
