@@ -1,5 +1,7 @@
-"""Measuring the responses of a network's layers, comparing what was measured, and the commands of
-this package.
+"""Measure the responses of a network's layers, and compare what was measured.
+
+    import analysis
+    frame = analysis.measure(model, batches)  # one row a layer
 """
 
 from __future__ import annotations
@@ -11,36 +13,44 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from analysis.measuring.branch_measurement import measure_branches
     from analysis.measuring.measurement import measure
     from analysis.measuring.recorder import Recorder
+    from analysis.paper import paper_curves
     from analysis.statistics import compare_frames
 
-__all__ = ["Recorder", "compare_frames", "measure"]
+__all__ = ["Recorder", "compare_frames", "measure", "measure_branches", "paper_curves"]
 
-HOMES = {
+_HOMES = {
     "Recorder": "analysis.measuring.recorder",
     "compare_frames": "analysis.statistics",
     "measure": "analysis.measuring.measurement",
+    "measure_branches": "analysis.measuring.branch_measurement",
+    "paper_curves": "analysis.paper",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch when it is needed: it takes seconds, and --help does without."""
-    if name not in HOMES:
+    """Import a function, and with it torch, when it is first used: that takes seconds."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("layer-responses")
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(HOMES[name]), name)
+    return getattr(import_module(_HOMES[name]), name)
 
 
-def pin(name: str) -> None:
-    """Import the package of that name beside this one: the folder one works in may hold another
-    `models`.
-    """
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
+
+
+def _pin(name: str) -> None:
+    """Import the package beside this one: the current folder may hold another `models`."""
     place = Path(__file__).parents[1] / name / "__init__.py"
     other = getattr(sys.modules.get(name), "__file__", None)
     if other is not None and Path(other) != place:
-        raise ImportError(
-            f"another package called {name} is imported: {other}; import analysis before it"
-        )
+        raise ImportError(f"another package called {name} is imported: {other}; import analysis first")
     if name not in sys.modules:
         spec = spec_from_file_location(name, place, submodule_search_locations=[str(place.parent)])
         assert spec is not None  # an __init__.py has a loader
@@ -49,5 +59,5 @@ def pin(name: str) -> None:
         spec.loader.exec_module(sys.modules[name])
 
 
-pin("models")
-pin("plots")
+_pin("models")
+_pin("plots")

@@ -1,9 +1,8 @@
-"""Residual networks and their plain counterparts, the data they are trained on, and the files they
-are kept in.
-"""
+"""Residual networks and their plain counterparts, their data, and the files they are kept in."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["build", "closed_form", "load"]
 
-HOMES = {
+_HOMES = {
     "build": "models.resnet",
     "closed_form": "models.batchnorm",
     "load": "models.checkpoints.loading",
@@ -21,11 +20,11 @@ HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for: torch takes seconds, and --help does not need
-    it.
-    """
-    if name not in HOMES:
+    """Import a function, and with it torch, when it is first used: that takes seconds."""
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+    return getattr(import_module(_HOMES[name]), name)
 
-    return getattr(import_module(HOMES[name]), name)
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from plots.benchmark import draw_benchmark
+    from plots.branches import draw_branches
     from plots.compare import draw_compare, draw_stages
     from plots.decomposition import draw_decomposition
     from plots.dynamics import draw_dynamics
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "draw_benchmark",
+    "draw_branches",
     "draw_compare",
     "draw_decomposition",
     "draw_dynamics",
