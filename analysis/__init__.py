@@ -1,7 +1,7 @@
 """Measure the responses of a network's layers, and compare what was measured.
 
-    import analysis
-    frame = analysis.measure(model, batches)  # one row a layer
+import analysis
+frame = analysis.measure(model, batches)  # one row a layer
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def _pin(name: str) -> None:
     place = Path(__file__).parents[1] / name / "__init__.py"
     other = getattr(sys.modules.get(name), "__file__", None)
     if other is not None and Path(other) != place:
-        raise ImportError(f"another package called {name} is imported: {other}; import analysis first")
+        raise ImportError(
+            f"another package called {name} is imported: {other}; import analysis first"
+        )
     if name not in sys.modules:
         spec = spec_from_file_location(name, place, submodule_search_locations=[str(place.parent)])
         assert spec is not None  # an __init__.py has a loader

@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # torch and pandas take seconds to import, and --help needs n
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from analysis.measuring.measurement import Measurement
+    from analysis.measuring.result import Measurement
     from analysis.probe_set.synthesis import Spectrum
     from models.data.cifar10 import Cifar10
 
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure, make, write and print. Raise ValueError or OSError for bad input."""
     import pandas as pd
 
-    from analysis.measuring.measurement import Measurement
+    from analysis.measuring.result import Measurement
     from models import zoo
     from models.data.cifar10 import Cifar10
     from models.data.probe import Probe, as_bytes

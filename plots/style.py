@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, cast
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -21,11 +22,12 @@ Looks: TypeAlias = dict[str, Style]  # by network
 Frames: TypeAlias = pd.DataFrame | Sequence[pd.DataFrame]
 
 COLUMN, PAGE = 3.3, 6.9  # inches: one column and both columns of a CVPR page
+COLORS = sns.color_palette("colorblind").as_hex()
 PALETTES: dict[str, dict[int, str]] = {  # colours by depth
     "paper": {20: "#bfbf00", 56: "#ff0000", 110: "#000000"},
-    "colorblind": {20: "#0173b2", 56: "#d55e00", 110: "#000000"},
+    "colorblind": {20: COLORS[0], 56: COLORS[3], 110: "#000000"},
 }
-OTHERS = ("#0173b2", "#029e73", "#cc78bc", "#de8f05", "#56b4e9", "#ca9161")
+OTHERS = tuple(COLORS[i] for i in (0, 2, 4, 1, 9, 5))  # none is close to the paper's red
 MARKERS = {20: "o", 56: "s", 110: "^"}  # by depth
 OTHER_MARKERS = "DvPX<>"
 DASHES = {"plain": (3.0, 1.2)}  # in line widths; all other kinds are solid

@@ -24,30 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from analysis.measuring.addition_moments import Addition, AdditionMoments, moments_of
 from analysis.measuring.batches import tensors_in
 from analysis.measuring.dataflow import POINTWISE, Flow, Residual
-from analysis.measuring.pairs import qualified_names, reachable
-from analysis.measuring.threads import Shared
+from analysis.measuring.evaluation import qualified_names, reach
 
 SUMS = ("add", "add_", "sub", "sub_", "addcmul", "addcmul_")
 SHOWN = 8  # kinds of other sums that a message lists
 Site = tuple[str, int]  # a sum: its module, and how many sums ran there before it in this pass
-
-
-@contextmanager
-def without_fast_path() -> Iterator[None]:
-    """Switch off the fused nn.TransformerEncoder, in which no addition is to be seen."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-WITHOUT_FAST_PATH = Shared(without_fast_path)  # the setting is the whole process's
 
 
 @dataclass
@@ -95,6 +81,7 @@ class AdditionRecord(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.passes = self.images = 0
         self.sites: dict[Site, int] = {}  # of the additions -> their position
         self.counts: Counter[str] = Counter()  # of sums, in the modules that have additions
+        self.hooks: dict[str, list[RemovableHandle]] = {}  # by module
         self.drop_pass()
 
     def drop_pass(self) -> None:
@@ -258,6 +245,9 @@ class AdditionRecord(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.passing.append(addition.moments)
             self.additions.append(replace(addition, moments=AdditionMoments()))
         self.others = Counter(refused)
+        for name in self.hooks.keys() - {"", *self.ran}:  # no sum runs there
+            for handle in self.hooks[name]:
+                handle.remove()
         self.counts = Counter({site[0]: self.ran[site[0]] for site in self.sites})
 
     def other_path(self, name: str) -> ValueError:
@@ -303,13 +293,19 @@ def recording_additions(model: nn.Module, *, positions: bool = False) -> Iterato
         record.leave(output)
 
     with ExitStack() as stack:
-        stack.enter_context(reachable(names))
-        stack.enter_context(WITHOUT_FAST_PATH())
+        reach(names, stack)
+        # the fused nn.TransformerEncoder shows no addition
+        fast = torch.backends.mha.get_fastpath_enabled()
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        torch.backends.mha.set_fastpath_enabled(False)
         for module, name in names.items():
             before = partial(enter, name=name)
-            stack.enter_context(
-                module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
-            )
-            stack.enter_context(module.register_forward_hook(leave))
+            handles = [
+                module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+                module.register_forward_hook(leave),
+            ]
+            record.hooks.setdefault(name, []).extend(handles)
+            for handle in handles:
+                stack.callback(handle.remove)
         stack.enter_context(record)
         yield record

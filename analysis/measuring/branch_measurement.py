@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from analysis.measuring.addition_moments import additions_frame
 from analysis.measuring.additions import recording_additions
-from analysis.measuring.batches import Parts, count_images, device_of, run
-from analysis.measuring.measurement import PRECISIONS, evaluation, name_of, network_in, whole
-from analysis.measuring.threads import alone
+from analysis.measuring.batches import count_images, device_of, run
+from analysis.measuring.evaluation import evaluation
+from analysis.measuring.measurement import PRECISIONS
+from analysis.measuring.result import network_in
 
 
 class NoAdditions(ValueError):
@@ -35,7 +36,7 @@ def measure_branches(
 
     model: any network, on a CPU or a CUDA GPU; it is left as it was.
     batches: tensors (N, ...), (inputs, labels), or dicts of tensors that the network takes as
-        keywords. If memory is short, they run in halves, and a line on stderr says so.
+        keywords.
     network: the label in the frame.
     forward: runs the model on one batch of any other type.
     positions: add the columns `norm_ratio, growth, cosine, block_influence, angle`.
@@ -62,25 +63,18 @@ def measure_branches(
         enabled=precision != "float32",
         cache_enabled=False,
     )
-    why_whole = "which forward= runs" if forward else whole(model)
-    parts = Parts(name_of(model), why_whole and f"{why_whole}, so it is not split")
     images = 0
-    with alone(model), evaluation(model), recording_additions(model, positions=positions) as record:
-
-        def attempt(part: Any) -> int:
-            record.drop_pass()
-            record.mask = mask(part) if mask else None
-            with autocast:
-                run_batch(model, part)
-            record.end_pass()
-            return count_images(part)
-
+    with evaluation(model), recording_additions(model, positions=positions) as record:
         for batch in batches:
-            if count_images(batch):
-                count = sum(parts(batch, attempt))
-                images += count
-                if progress:
-                    progress(count)
+            if not (count := count_images(batch)):
+                continue
+            record.mask = mask(batch) if mask else None
+            with autocast:
+                run_batch(model, batch)
+            record.end_pass()
+            images += count
+            if progress:
+                progress(count)
     if not images:
         raise ValueError("no images: there is nothing to measure")
     if not record.additions:

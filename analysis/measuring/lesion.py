@@ -24,8 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from analysis.measuring.additions import AdditionRecord, Sum, recording_additions
 from analysis.measuring.batches import count_images, labels_of, logits_of, run
-from analysis.measuring.measurement import evaluation
-from analysis.measuring.pairs import replacing_forward
+from analysis.measuring.evaluation import evaluation, replace_forward
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -137,7 +136,7 @@ def caching(model: nn.Module, record: AdditionRecord) -> Iterator[Memory]:
         for module, name in record.names.items():
             if name in names:
                 call = partial(memory.call, name, module.forward)
-                stack.enter_context(replacing_forward(module, call))
+                replace_forward(module, call, stack)
         yield memory
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # torch and pandas take seconds to import, and --help needs n
     import torch
     from torch import Tensor, nn
 
-    from analysis.measuring.measurement import Measurement
+    from analysis.measuring.result import Measurement
     from models.checkpoints.loading import Checkpoint
     from models.data import Batch, ImageSet
 
@@ -209,7 +209,8 @@ def run_networks(
     """Run each network once on every image, and return what was measured, merged over processes."""
     from tqdm import tqdm
 
-    from analysis.measuring.measurement import Measurement, measuring
+    from analysis.measuring.measurement import measuring
+    from analysis.measuring.result import Measurement
 
     device = device_of(options)
     digests: dict[Path, bytes] = getattr(images, "digests", {})  # of files, as they are read

@@ -19,9 +19,10 @@ from torch import distributed, nn
 
 from analysis.measuring.batches import device_of
 from analysis.measuring.frame import make_frame
-from analysis.measuring.measurement import Measurement, measuring, name_of, network_in, unwrapped
+from analysis.measuring.measurement import measuring
 from analysis.measuring.norms import is_norm
 from analysis.measuring.pairs import list_reasons
+from analysis.measuring.result import Measurement, name_of, network_in, unwrapped
 from models.batchnorm import closed_form
 from models.files import replacing
 

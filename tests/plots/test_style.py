@@ -23,7 +23,7 @@ from plots.style import COMPUTED, DASHES, display_name, gather, scale_std, style
 
 A = pd.DataFrame({"layer": [1, 2, 3], "std": [1.0, 3.0, 2.0], "within": [0.8, 2.0, 1.0]})
 MINUS = pd.DataFrame({"first": "a", "second": "b", "layer": [1, 2, 3], "difference": [1.0, -1, 0]})
-COSTS = pd.DataFrame({"network": "a", "way": ["plain", "hooks"], "ratio": [1.0, 1.4]})
+COSTS = pd.DataFrame({"network": "a", "method": ["plain", "hooks"], "ratio": [1.0, 1.4]})
 IMAGES = np.zeros((2, 32, 32, 3), np.uint8)
 FIGURES = {  # how each is drawn, from as little as it takes, and its number of panels
     "fig7": (lambda **axes: draw_fig7(A, **axes), 2),
