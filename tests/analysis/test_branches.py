@@ -34,7 +34,16 @@ def batches(tmp_path):
 
 def test_from_arguments_to_files(batches, tmp_path, capsys):
     items = ["resnet-20", "resnet-56", "plain-20"]
-    options = ["--batches", batches, "--positions", "--format", "png", "--out", str(tmp_path)]
+    options = [
+        "--batches",
+        batches,
+        "--positions",
+        "--html",
+        "--format",
+        "png",
+        "--out",
+        str(tmp_path),
+    ]
     assert main([*items, *options]) == 0
     frame = pd.read_csv(tmp_path / "branches.csv")
     assert frame["network"].value_counts(sort=False).to_dict() == {"resnet-20": 9, "resnet-56": 27}
@@ -53,6 +62,9 @@ def test_from_arguments_to_files(batches, tmp_path, capsys):
     assert list(document) == ["resnet-20", "resnet-56"]
     assert document["resnet-20"]["data"] == batches
     assert (tmp_path / "branches.png").stat().st_size > 1000
+    page = (tmp_path / "branches.html").read_text()
+    assert page.count("<tr data-network") == 36
+    assert page.count('data-points="') == 4  # two networks in two panels
 
 
 def test_lesions(batches, tmp_path, capsys):
