@@ -201,11 +201,11 @@ def subject_of(result: Measured) -> Subject | None:
         depth=int(depth),
         widths=frozenset(layers["channels"]),
         std=layers["std"].to_numpy(float),
-        ratio=None,
+        ratio=measurement.ratios() if measurement else None,
         images=measurement.images if measurement else None,
         iterations=result.network.checkpoint.iterations,
         std_without=measurement.std_without_groups() if measurement else None,
-        ratio_without=None,
+        ratio_without=measurement.ratios_without_groups() if measurement else None,
     )
 
 

@@ -106,7 +106,7 @@ class Reader:
                 group.frames += entry.frames
                 group.states += entry.states
         for number, (_, item) in enumerate(self.waiting, start=len(group.frames) + 1):
-            others.append((group, Item(f"{label} {number}", item.path)))
+            others.append((group, Item(f"{label} {number}", item.path, group=label)))
         self.waiting = others
         return group
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,12 +28,27 @@ NO_IMAGES = "no images: the closed form from BN's tensors instead (--source batc
 
 @dataclass(frozen=True)
 class Item:
-    """A checkpoint: its path, the label and kind that were given, and the file if it was read."""
+    """A checkpoint: its path, the label and kind that were given, and the file if it was read.
+
+    group: the label of its group.
+    """
 
     label: str | None
     path: Path
     kind: str | None = None
     file: CheckpointFile | None = None
+    group: str | None = None
+
+    @property
+    def names(self) -> tuple[str | None, ...]:
+        """What `--model NAME=...` may call it; None is for every checkpoint."""
+        return self.label, self.group, self.path.stem, None
+
+    def builder(self, models: Mapping[str | None, str]) -> str | None:
+        """Return what builds the network. A shipped one needs nothing."""
+        if is_shipped(self.path):
+            return None
+        return next((models[name] for name in self.names if name in models), None)
 
 
 def split_label(item: str) -> tuple[str | None, Path]:
@@ -64,6 +79,7 @@ def open_networks(items: Sequence[Item], options: Options) -> tuple[list[Network
     OSError, with what to do, for bad input.
     """
     with together():
+        check_models(items, options)
         opened = [open_file(item, options) for item in items]
         every = find_images([candidates.side for candidates in opened], options)
         sample = None if every is None else every.sample(SAMPLES[every.side])
@@ -73,9 +89,18 @@ def open_networks(items: Sequence[Item], options: Options) -> tuple[list[Network
             checkpoint = candidates.choose(sample, likely_kind=kind_in(item.label))
             warn_of_label(item, checkpoint)
             label = choose_label(item, checkpoint, {network.label for network in networks})
-            networks.append(Network(label, checkpoint))
+            networks.append(Network(label, checkpoint, item.builder(options.models)))
             announce(networks[-1], images)
     return networks, images
+
+
+def check_models(items: Sequence[Item], options: Options) -> None:
+    """Raise ValueError if --model names a checkpoint that is not there."""
+    known = {name for item in items for name in item.names}
+    for label, spec in options.models.items():
+        if label not in known:
+            names = ", ".join(sorted({item.label or item.path.stem for item in items}))
+            raise ValueError(f"--model {label}={spec}: no checkpoint is called {label}: {names}")
 
 
 def open_file(item: Item, options: Options) -> Candidates:
@@ -86,7 +111,7 @@ def open_file(item: Item, options: Options) -> Candidates:
     needed = not options.only_closed_form
     if is_shipped(item.path):
         return read(item.path).candidates(kind=item.kind, need_model=needed)
-    spec = options.model_for(item.label)
+    spec = item.builder(options.models)
     file = item.file or read(item.path, weights=options.weights, ema=options.ema)
     return file.candidates(
         kind=item.kind,
@@ -185,6 +210,8 @@ def choose_images(every: ImageSet, options: Options) -> ImageSet:
         count = len(every)
     elif count > len(every):
         raise ValueError(f"--images {count}: there are only {len(every)} images")
+    elif every.labels_known:
+        print(f"no accuracy: {every.labels_known}")
     images = every.some(count)
     print(images.describe())
     return images

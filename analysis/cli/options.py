@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from analysis.measuring.networks import Options
@@ -80,7 +81,7 @@ def options_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Opt
 
     try:
         parse_normalize(args.normalize)
-        models = dict(split_model(item) for item in args.model)
+        models = split_models(args.model)
     except ValueError as error:
         parser.error(str(error))
     check_device(parser, args.device)
@@ -102,10 +103,17 @@ def flag_of(name: str) -> str:
     return "--no-fold" if name == "fold" else f"--{name.replace('_', '-')}"
 
 
-def split_model(item: str) -> tuple[str | None, str]:
-    """Split `[LABEL=]FILE.py:FUNCTION`."""
-    label, equals, spec = item.partition("=")
-    return (label, spec) if equals and ":" in spec else (None, item)
+def split_models(items: Sequence[str]) -> dict[str | None, str]:
+    """Split each `[LABEL=]FILE.py:FUNCTION`. Raise ValueError if two are for the same label."""
+    models: dict[str | None, str] = {}
+    for item in items:
+        label, equals, spec = item.partition("=")
+        name = label if equals and ":" in spec else None
+        if name in models:
+            what = f"two for {name}" if name else "two without a label"
+            raise ValueError(f"--model {item}: {what}; write LABEL=FILE.py:FUNCTION for each")
+        models[name] = item if name is None else spec
+    return models
 
 
 def check_device(parser: argparse.ArgumentParser, device: str) -> None:

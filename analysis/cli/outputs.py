@@ -178,7 +178,7 @@ def provenance_of(measured: Measured, images: ImageSet | None, options: Options)
         "network": {
             "name": None if config is None else config.name,
             "kind_known": checkpoint.how_kind(),
-            "model": options.model_for(measured.network.label),
+            "model": measured.network.built_by,
         },
         "source": list(dict.fromkeys(measured.frame["source"])),
         "warnings": checkpoint.warnings,

@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from analysis.measuring.additions import AdditionRecord, recording_additions
 from analysis.measuring.batches import (
     compare_labels,
     count_images,
@@ -112,6 +113,7 @@ def measuring(
     forward: Callable[[nn.Module, Any], Any] | None = None,
     classes: int | None = None,
     first_image: int = 0,
+    additions: bool = False,
 ) -> AbstractContextManager[Meter]:
     """Return a context that measures a network on what is added inside it.
 
@@ -125,6 +127,7 @@ def measuring(
     classes: number of classes of the labels; a network with another number gets no accuracy.
     first_image: position of the first image in the data set, if several processes share it. The
         sampling errors depend on positions.
+    additions: also measure the residual additions, in the same passes.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: one of {', '.join(PRECISIONS)}")
@@ -145,7 +148,8 @@ def measuring(
     def setup(stack: ExitStack) -> Meter:
         stack.enter_context(evaluation(model))  # first, since eval() may replace modules
         record = Recording(model, kernel_size, grouped=grouped)
-        return Meter(model, record, precision, fold, forward, classes, first_image)
+        sums = stack.enter_context(recording_additions(model)) if additions else None
+        return Meter(model, record, precision, fold, forward, classes, first_image, sums)
 
     return restoring(setup)
 
@@ -165,8 +169,10 @@ class Meter:
         forward: Callable[[nn.Module, Any], Any] | None,
         classes: int | None,
         first_image: int,
+        sums: AdditionRecord | None = None,
     ) -> None:
         self.model, self.record, self.run = model, record, forward or run
+        self.sums = sums  # of the residual additions, if they are measured, too
         self.classes, self.first_image = classes, first_image
         self.device = device_of(model).type
         self.precision = precision
@@ -207,14 +213,23 @@ class Meter:
         size = tuple(x.shape[1:] for x in tensors_in(part))
         self.record.position, self.record.images = self.first_image + self.images, images
         hits = None
+        if self.sums is not None:
+            self.sums.drop_pass()
+            self.sums.images = self.record.position
         if size in self.sizes and not self.why_not:
             hits = self.run_folded(part, size)
         if hits is None:
+            if self.sums is not None:
+                self.sums.drop_pass()  # what a pass in doubt has left
             self.record.proving = size not in self.sizes
             hits = self.run_once(part)
             self.record.end_pass()
+            if self.sums is not None:
+                self.sums.end_pass()  # before folding: it takes hooks away
             if self.record.proving and not self.why_not:
                 self.folding.prove(size)
+        elif self.sums is not None:
+            self.sums.end_pass()
         self.later += size in self.sizes
         self.sizes.add(size)
         self.record.drop_pass()
@@ -272,6 +287,7 @@ class Meter:
             kind=kind,
             depth=depth,
             layers=self.record.layers,
+            additions=None if self.sums is None else self.sums.additions,
             unpaired=dict(self.record.unpaired),
             unseen=self.record.unseen,
             images=self.images,

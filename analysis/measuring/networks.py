@@ -68,17 +68,17 @@ class Options:
         """Whether no image is needed."""
         return self.sources == ("batchnorm",)
 
-    def model_for(self, label: str | None) -> str | None:
-        """Return what builds the network with this label, if there is something."""
-        return self.models.get(label, self.models.get(None))
-
 
 @dataclass(frozen=True)
 class Network:
-    """A checkpoint under the label that it has in frames, figures and messages."""
+    """A checkpoint under the label that it has in frames, figures and messages.
+
+    built_by: the `FILE.py:FUNCTION` that built the network, if one did.
+    """
 
     label: str
     checkpoint: Checkpoint
+    built_by: str | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -101,6 +101,7 @@ class Measured:
     measurement: what the images gave; None for the closed form alone.
     rounding: relative difference of bfloat16 from float32 (images, mean, largest), if measured.
     eps: the epsilon that the closed form assumed; None if the network says its own, or if unused.
+    missing: convolutions without a row, and why, by name.
     """
 
     network: Network
@@ -108,6 +109,7 @@ class Measured:
     measurement: Measurement | None = None
     rounding: dict[str, float] | None = None
     eps: float | None = None
+    missing: dict[str, str] = field(default_factory=dict)
 
 
 def measure_networks(
@@ -133,36 +135,63 @@ def measure_networks(
             rounding = rounding_errors(networks, images, options)
         measured = run_networks(networks, images, options)
     leave()
+    if options.eps is not None and not computed:
+        print("--eps: no effect, it is for closed forms (--source batchnorm)", file=sys.stderr)
     results = []
     for number, network in enumerate(networks):
-        frames = []
+        result = Measured(network, pd.DataFrame())
         if measured:
-            report_gaps(network.label, measured[number], options.verbose)
-            with named(network):
-                frames.append(measured[number].to_frame(network.label))
-        frames += computed[number : number + 1]
-        results.append(
-            Measured(
-                network,
-                pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0],
-                measured[number] if measured else None,
-                rounding[number] if rounding else None,
-                computed[number].attrs["eps"] if computed else None,
-            )
-        )
-        results[-1].frame.attrs = {}
+            result = measured_result(network, measured[number], options.verbose)
+        if rounding:
+            result = replace(result, rounding=rounding[number])
+        if computed:
+            result = add_closed_form(result, computed[number])
+        results.append(result)
     return results
 
 
-def report_gaps(label: str, measurement: Measurement, verbose: bool) -> None:
-    """Say which convolutions are not measured, and why."""
+def measured_result(network: Network, measurement: Measurement, verbose: bool) -> Measured:
+    """Return what hooks measured; say what they did not."""
+    missing = {**measurement.unpaired, **measurement.unseen}
+    report_missing(network.label, "measured", missing)
+    if verbose:
+        print(f"{network.label}: measured {measurement.method}")
+    with named(network):
+        frame = measurement.to_frame(network.label)
+    return Measured(network, frame, measurement, missing=missing)
+
+
+def add_closed_form(result: Measured, rows: pd.DataFrame) -> Measured:
+    """Return a result with the rows of the closed form; beside hooks, those of the same layers."""
+    import pandas as pd
+
+    from analysis.measuring.frame import make_frame
+
+    label, (kind, depth) = result.network.label, result.network.kind_and_depth
+    if result.measurement is None:
+        missing = rows.attrs["unpaired"] | dict.fromkeys(rows.attrs["idle"], "it never ran")
+        report_missing(label, "computed", missing)
+        frame = make_frame(rows, network=label, kind=kind, depth=depth, source="batchnorm")
+        return replace(result, frame=frame, eps=rows.attrs["eps"], missing=missing)
+    pairs = result.frame[["name", "norm"]]
+    kept = pairs.merge(rows)  # in the order in which they ran
+    kept["layer"] = range(1, len(kept) + 1)
+    kept["stage"] = (kept["channels"] != kept["channels"].shift()).cumsum()
+    if lost := [name for name in rows["name"] if name not in set(kept["name"])]:
+        report_missing(label, "computed", dict.fromkeys(lost, "hooks saw no such layer"))
+    known = {name: result.frame[name].iloc[0] for name in ("kind", "depth")}
+    frame = make_frame(kept, network=label, source="batchnorm").assign(**known)
+    both = pd.concat([result.frame, frame.astype(result.frame.dtypes)], ignore_index=True)
+    return replace(result, frame=both, eps=rows.attrs["eps"])
+
+
+def report_missing(label: str, done: str, missing: Mapping[str, str]) -> None:
+    """Say which convolutions are not measured, or not computed, and why."""
     by_reason: dict[str, list[str]] = {}
-    for name, reason in {**measurement.unpaired, **measurement.unseen}.items():
+    for name, reason in missing.items():
         by_reason.setdefault(reason, []).append(name)
     for reason, names in by_reason.items():
-        print(f"{label}: not measured, {reason}: {list_names(names)}")
-    if verbose:
-        print(f"{label}: measured {measurement.method}")
+        print(f"{label}: not {done}, {reason}: {list_names(names)}")
 
 
 def list_names(names: Sequence[str]) -> str:
@@ -172,35 +201,45 @@ def list_names(names: Sequence[str]) -> str:
 
 
 def compute(network: Network, eps: float | None) -> pd.DataFrame:
-    """Return the frame of one network by the closed form; say what is left out or assumed."""
-    from analysis.measuring.frame import make_frame
+    """Return the rows of one network by the closed form; say what is assumed."""
     from models.batchnorm import closed_form
 
     checkpoint, label = network.checkpoint, network.label
+    model = checkpoint.model
+    if model is not None and not says_eps(checkpoint):
+        source: nn.Module | Mapping[str, Tensor] = model.state_dict()
+    else:
+        source = checkpoint.state if model is None else model
     try:
-        source = checkpoint.state if checkpoint.model is None else checkpoint.model
         rows = closed_form(source, eps=eps)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from error
     facts: Mapping[str, Any] = rows.attrs
-    if facts["unpaired"]:
-        print(f"{label}: not computed: {list_names(list(facts['unpaired']))}")
-    if facts["idle"]:
-        print(f"{label}: not computed, they never ran: {list_names(facts['idle'])}")
     if facts["eps"] is not None:
         effect = f"{100 * facts['eps_effect']:.2g} %"
         print(
-            f"{label}: epsilon {facts['eps']:g} assumed; 1e-3 or 0 changes a std by up to {effect}"
+            f"{label}: epsilon {facts['eps']:g} assumed; 1e-5, 1e-3 or 0 changes a std by up to "
+            f"{effect}"
         )
+    elif eps is not None:
+        print(f"{label}: --eps: no effect, the network says its epsilon", file=sys.stderr)
+    doubts = []
     if facts["ambiguous"]:
         names = list_names(facts["ambiguous"])
-        line = f"names and order of the tensors disagree on {names}; a forward pass (--model) tells"
-        checkpoint.warnings.append(line)
-        print(f"warning: {label}: {line}", file=sys.stderr)
-    kind, depth = network.kind_and_depth
-    frame = make_frame(rows, network=label, kind=kind, depth=depth, source="batchnorm")
-    frame.attrs = {"eps": facts["eps"]}
-    return frame
+        doubts.append(f"names and order of the tensors disagree on {names}")
+    if facts["sorted"] and model is None:
+        doubts.append("the tensors are sorted by name, so the order of the layers is a guess")
+    for doubt in doubts:
+        checkpoint.warnings.append(f"{doubt}; a forward pass (--model) tells")
+        print(f"warning: {label}: {checkpoint.warnings[-1]}", file=sys.stderr)
+    return rows
+
+
+def says_eps(checkpoint: Checkpoint) -> bool:
+    """Whether the epsilon of a network is known: it was built by its own code, or trained by ours."""
+    from models.checkpoints.loading import Known
+
+    return checkpoint.kind_known is Known.BUILT or bool(checkpoint.card)
 
 
 def run_networks(
@@ -228,6 +267,7 @@ def run_networks(
                     fold=options.fold,
                     classes=images.classes,
                     first_image=first,
+                    additions=True,
                 )
             )
             for network in networks

@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from analysis.measuring.addition_moments import Addition
+from analysis.measuring.addition_moments import describe as describe_sums
 from analysis.measuring.evaluation import is_wrapper
 from analysis.measuring.frame import make_frame
 from analysis.measuring.pairs import Layer
@@ -21,6 +23,7 @@ class Measurement:
 
     kind, depth: of the paper's networks; `other` and None for any other.
     layers: in forward order, with their moments.
+    additions: likewise; None if they were not measured.
     unpaired, unseen: convolutions that are in no layer, and why, by name.
     images, labelled, correct: how many there were, had labels, and were classified as these say.
     method: `folded`, or `hooks: ` and why.
@@ -29,6 +32,7 @@ class Measurement:
     kind: str
     depth: int | None
     layers: list[Layer]
+    additions: list[Addition] | None
     unpaired: dict[str, str]
     unseen: dict[str, str]
     images: int
@@ -47,6 +51,20 @@ class Measurement:
         NaN on too few images; see `Moments.has_groups`.
         """
         return np.stack([x.moments.std_without_groups().numpy() for x in self.layers], axis=1)
+
+    def ratios(self) -> np.ndarray | None:
+        """Return the ratio of branch to shortcut of every addition; None if there is none."""
+        if not self.additions:
+            return None
+        return np.array([describe_sums(x.moments.sums.sum(0))["ratio"] for x in self.additions])
+
+    def ratios_without_groups(self) -> np.ndarray | None:
+        """Return the ratios without one group of images: (20, additions), as `std_without_groups`."""
+        if not self.additions or np.isnan(self.std_without_groups()).any():
+            return None
+        sums = [x.moments.sums for x in self.additions]  # (20, 6) each
+        rows = [[describe_sums(x.sum(0) - part)["ratio"] for part in x] for x in sums]
+        return np.array(rows).T
 
     @property
     def std_error(self) -> np.ndarray:
@@ -69,9 +87,13 @@ class Measurement:
             replace(a, moments=a.moments.merge(b.moments))
             for a, b in zip(self.layers, other.layers, strict=True)
         ]
+        additions = self.additions and [
+            a.merge(b) for a, b in zip(self.additions, other.additions or [], strict=True)
+        ]
         return replace(
             self,
             layers=layers,
+            additions=additions,
             unpaired={**other.unpaired, **self.unpaired},
             unseen={name: why for name, why in self.unseen.items() if name in other.unseen},
             images=self.images + other.images,
