@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
     held_out = [find_item(item) for item in args.held_out]
     networks, test = open_networks([*made_with, *held_out], options)
     if not isinstance(test, Cifar10) or not test.exact:
-        raise ValueError(f"--data {args.data}: the images stand for CIFAR-10's complete test set")
+        raise ValueError(f"--data {args.data}: not CIFAR-10's test set, complete and exact")
     parts = parts_of(test, args.count, args.seed)
     by_part = [run_networks(networks, part, options) for part in parts]
     by_network = list(zip(*by_part, strict=True))

@@ -210,7 +210,7 @@ def choose_images(every: ImageSet, options: Options) -> ImageSet:
         count = len(every)
     elif count > len(every):
         raise ValueError(f"--images {count}: there are only {len(every)} images")
-    elif every.labels_known:
+    if every.labels_known and not isinstance(every, Probe):
         print(f"no accuracy: {every.labels_known}")
     images = every.some(count)
     print(images.describe())

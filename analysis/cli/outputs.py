@@ -139,6 +139,7 @@ class Provenance:
     """Where the numbers of one network come from.
 
     network: its name, how its kind is known, and what built it (`--model`).
+    unpaired: convolutions without a row, and why, by name.
     data: where the images come from, and how many were used.
     The fields from `preprocessing` on are None if nothing was measured on images.
     """
@@ -149,6 +150,7 @@ class Provenance:
     warnings: list[str]
     versions: dict[str, str]
     command: str
+    unpaired: dict[str, str]
     eps: float | None = None
     preprocessing: dict[str, Any] | None = None
     data: dict[str, Any] | None = None
@@ -157,8 +159,6 @@ class Provenance:
     accuracy: float | None = None
     method: str | None = None
     rounding: dict[str, float] | None = None
-    unpaired: dict[str, str] | None = None
-    unseen: dict[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields that are known."""
@@ -185,6 +185,7 @@ def provenance_of(measured: Measured, images: ImageSet | None, options: Options)
         "versions": versions(),
         "command": command_line(),
         "eps": measured.eps,
+        "unpaired": measured.missing,
     }
     if result is not None and images is not None and checkpoint.preprocessing is not None:
         facts["preprocessing"] = {
@@ -195,8 +196,7 @@ def provenance_of(measured: Measured, images: ImageSet | None, options: Options)
         facts["data"] = {**images.provenance(), "images": result.images}
         facts["device"] = str(next(measured.network.model.parameters()).device)
         facts |= {"precision": options.precision, "rounding": measured.rounding}
-        for name in ("accuracy", "method", "unpaired", "unseen"):
-            facts[name] = getattr(result, name)
+        facts |= {"accuracy": result.accuracy, "method": result.method}
     return Provenance(**facts)
 
 
@@ -223,16 +223,33 @@ def versions() -> dict[str, str]:
 
 
 def notes_of(images: ImageSet | None, results: Sequence[Measured]) -> list[str]:
-    """Return what has to stand under figures: that images stand in, or are a part of a set."""
+    """Return what has to stand under figures: which images these are, and what is missing."""
     from models.data.probe import Probe
 
+    notes = missing_layers(results)
     if images is None or not any(result.measurement for result in results):
-        return []
+        return notes
     if isinstance(images, Probe):
-        return [images.note_for([result.network.checkpoint.digest for result in results])]
+        return [images.note_for([r.network.checkpoint.digest for r in results]), *notes]
     if len(images) < images.total:
-        return [f"measured on {len(images):,} of {images.total:,} images"]
-    return []
+        return [f"measured on {len(images):,} of {images.total:,} images", *notes]
+    return notes
+
+
+def missing_layers(results: Sequence[Measured]) -> list[str]:
+    """Return lines that name the layers without a row, one for all networks that lack the same."""
+    from analysis.measuring.networks import list_names
+    from plots.style import display_name
+
+    labels: dict[tuple[str, ...], list[str]] = {}
+    for result in results:
+        labels.setdefault(tuple(result.missing), []).append(display_name(result.network.label))
+    return [
+        f"{list_names(names)}: without {len(missing)} layer{'s' * (len(missing) > 1)} that could "
+        f"not be measured: {list_names(missing)}"
+        for missing, names in labels.items()
+        if missing
+    ]
 
 
 def write_notes(figures: Iterable[Figure], notes: Iterable[str]) -> None:

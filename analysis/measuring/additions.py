@@ -245,7 +245,8 @@ class AdditionRecord(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.passing.append(addition.moments)
             self.additions.append(replace(addition, moments=AdditionMoments()))
         self.others = Counter(refused)
-        for name in self.hooks.keys() - {"", *self.ran}:  # no sum runs there
+        summing = {name for name, count in self.ran.items() if count}
+        for name in self.hooks.keys() - {"", *summing}:
             for handle in self.hooks[name]:
                 handle.remove()
         self.counts = Counter({site[0]: self.ran[site[0]] for site in self.sites})

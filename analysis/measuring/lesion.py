@@ -3,9 +3,9 @@
     frame = analysis.measure_branches(model, batches)
     frame = add_lesions(frame, model, batches, images=1000)  # batches with labels
 
-It is the only column that says how important an addition is. The network runs once whole and once
-for each addition, with the branch of that addition replaced by nothing. Modules that add, and that
-ended before the lesion, are not run again: they return what they returned in the whole pass.
+No other column says how important an addition is. The network runs once whole, and once for each
+addition without its branch. Modules that add, and that ended before the lesion, are not run again:
+they return what they returned in the whole pass.
 """
 
 from __future__ import annotations
@@ -61,9 +61,8 @@ def add_lesions(
                 record.end_pass()
             with caching(model, record) as memory:
                 for position in [None, *range(len(record.additions))]:
-                    with lesioned(record, memory, position):
-                        row = len(frame) if position is None else position
-                        totals[row] += score(run_batch(), batch)
+                    memory.begin(position)
+                    totals[-1 if position is None else position] += score(run_batch(), batch)
                     record.drop_pass()
                     if progress:
                         progress(1)
@@ -104,6 +103,11 @@ class Memory:
         self.lesion: int | None = None
         self.done = 0  # additions that ran in this pass
 
+    def begin(self, lesion: int | None) -> None:
+        """Leave out the branch of one addition, or of none, in the pass that follows."""
+        self.lesion, self.done = lesion, 0
+        self.count.clear()
+
     def call(self, name: str, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a module, or return what it returned, if it ended before the lesion."""
         key = name, self.count[name]
@@ -137,16 +141,6 @@ def caching(model: nn.Module, record: AdditionRecord) -> Iterator[Memory]:
             if name in names:
                 call = partial(memory.call, name, module.forward)
                 replace_forward(module, call, stack)
+        record.replace = memory.without_branch
+        stack.callback(setattr, record, "replace", None)
         yield memory
-
-
-@contextmanager
-def lesioned(record: AdditionRecord, memory: Memory, position: int | None) -> Iterator[None]:
-    """Leave out the branch of one addition, or of none, in the pass that runs inside the block."""
-    memory.lesion, memory.done = position, 0
-    memory.count.clear()
-    record.replace = memory.without_branch
-    try:
-        yield
-    finally:
-        record.replace = None

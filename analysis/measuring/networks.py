@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.measuring.processes import count_processes, exchange, leave, part_of, rank, together
-from models.messages import does_not_run, is_out_of_memory
+from models.messages import does_not_run, is_out_of_memory, out_of_memory
 
 if TYPE_CHECKING:  # torch and pandas take seconds to import, and --help needs neither
     import numpy as np
@@ -366,6 +366,8 @@ def named(network: Network) -> Iterator[None]:
     except ValueError as error:
         raise ValueError(f"{network.checkpoint.path}: {error}") from error
     except Exception as error:
-        if network.checkpoint.config is not None or is_out_of_memory(error):
+        if is_out_of_memory(error):
+            raise ValueError(f"{network.checkpoint.path}: {out_of_memory(error)}") from error
+        if network.checkpoint.config is not None:
             raise
         raise ValueError(f"{network.checkpoint.path}: {does_not_run(error)}") from error

@@ -5,9 +5,10 @@ the comments say, never the toolkit's own output. The extras `timm` and `transfo
 these tests need; without them they are skipped.
 """
 
-import importlib
+import importlib.util
 from collections import Counter
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,11 +152,19 @@ INPUTS = {
 
 
 def imported(name):
-    """A package of an extra. torchvision needs two operators, which a wheel for GPUs lacks here."""
-    schema = "(Tensor boxes, Tensor scores, float limit) -> Tensor"
+    """A package of an extra.
+
+    torchvision's wheel for GPUs cannot load its operators beside a torch for CPUs, but looks for
+    two of them: these are declared if they are missing.
+    """
+    torchvision = importlib.util.find_spec("torchvision")
+    if torchvision is not None:
+        for library in Path(torchvision.origin).parent.glob("_C*.so"):
+            with suppress(OSError):
+                torch.ops.load_library(library)
     for operator in ("torchvision::nms", "torchvision::qnms"):
         with suppress(RuntimeError):  # it is there
-            torch.library.define(operator, schema)
+            torch.library.define(operator, "(Tensor boxes, Tensor scores, float limit) -> Tensor")
     return pytest.importorskip(name, reason=f"the extra with {name} is not installed")
 
 
