@@ -70,7 +70,7 @@ def parse(data: bytes, suffix: str) -> Content:
 
 def parse_safetensors(data: bytes, header: bytes) -> Content:
     try:
-        tensors = safetensors.torch.load(data)
+        tensors = dict(sorted(safetensors.torch.load(data).items()))  # it has no order
         metadata = json.loads(header).get("__metadata__", {})
     except Exception as error:  # a stranger's bytes
         raise Unreadable(f"damaged or truncated safetensors file ({error})") from error
