@@ -305,7 +305,7 @@ class Pairs:
         So it is in networks of pre-activation whose blocks register the convolution first.
         """
         stems = [name for name, weight in self.convs.items() if weight.shape[1] == 3]  # of RGB
-        if not orphans or next(iter([*stems, *self.convs])) in self.certain:
+        if not orphans or next(iter([*stems, *self.convs]), None) in self.certain:
             return
         end = self.place[orphans[-1]]
         before = [conv for conv in self.convs if self.sorted or self.place[conv] < end]
