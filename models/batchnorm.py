@@ -244,9 +244,8 @@ class Pairs:
     def __post_init__(self) -> None:
         self.sorted = is_sorted(self.state)
         keys = sorted(self.state, key=natural) if self.sorted else list(self.state)
-        self.place: dict[
-            str, int
-        ] = {}  # of convolutions and BNs, by name, in the order of the file
+        self.children: dict[str, list[str]] = {}  # the convolutions in each module
+        self.place: dict[str, int] = {}  # of convolutions and BNs, in the order of the file
         for key in keys:
             module, _, leaf = key.rpartition(".")
             self.leaves.setdefault(module, []).append(leaf)
@@ -320,7 +319,8 @@ class Pairs:
 
         So it is in networks of pre-activation whose blocks register the convolution first.
         """
-        if not orphans or not self.convs or next(iter(self.convs)) in self.certain:
+        stems = [name for name, weight in self.convs.items() if weight.shape[1] == 3]  # of RGB
+        if not orphans or next(iter([*stems, *self.convs]), None) in self.certain:
             return
         end = self.place[orphans[-1]]
         before = [conv for conv in self.convs if self.sorted or self.place[conv] < end]
@@ -328,7 +328,7 @@ class Pairs:
         if not before or len(self.convs[before[-1]]) != channels:
             return
         for name, norm in list(self.certain.items()):
-            if self.named[norm][0] == name:
+            if self.named[norm][0] == name and (self.sorted or self.place[norm] < end):
                 self.doubtful[name] = f"{orphans[-1]} comes last, as in networks of pre-activation"
                 del self.certain[name]
 

@@ -130,7 +130,7 @@ def recognise(
     first = [m for m in models if getattr(config_of(m), "shortcut", "") != "pool"] or models
     tried = models[:1] if known is Known.CARD else first
     network = match_network(tried, images, preprocessing, padding)
-    if known is Known.CARD and not network.fits and len(models) > 1:
+    if known is Known.CARD and not network.good and len(models) > 1:
         others = match_network(first, images, preprocessing, padding)
         if others.best is not models[0] and others.clear:
             warnings.append(

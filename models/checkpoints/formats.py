@@ -70,10 +70,8 @@ def parse(data: bytes, suffix: str) -> Content:
 
 def parse_safetensors(data: bytes, header: bytes) -> Content:
     try:
-        found = safetensors.torch.load(data)  # in random order; the header has that of the file
-        names = json.loads(header)
-        metadata = names.pop("__metadata__", {})
-        tensors = {name: found[name] for name in names}
+        tensors = dict(sorted(safetensors.torch.load(data).items()))  # it has no order
+        metadata = json.loads(header).get("__metadata__", {})
     except Exception as error:  # a stranger's bytes
         raise Unreadable(f"damaged or truncated safetensors file ({error})") from error
     return Content(tensors, {}, metadata)

@@ -36,7 +36,8 @@ PASSED_OVER = re.compile(  # plain data that training scripts keep beside the we
     r"|builtins\.(set|frozenset|list|dict|tuple|int|long|float|str|unicode|bool|bytes|bytearray|complex|range|object)"
     r"|numpy\.(ndarray|dtype|dtypes\.\w+|random\._pickle\.\w+|bool_?|u?int\d+|float\d+)"
     r"|numpy\._?core\.(multiarray\.(scalar|_reconstruct)|numeric\._frombuffer)"
-    r"|torch\.(device|Size|u?int\d+|b?float\d+|bool|complex\d+|torch_version\.TorchVersion)"
+    r"|torch\.(device|Size|u?int\d+|b?float\d+\w*|bool|complex\d+|per_\w+)"
+    r"|torch\.(torch_version\.TorchVersion|serialization\._get_layout)"
     r"|omegaconf\.[\w.]+|mmengine\.(config|logging)\.[\w.]+"
 )
 DIRECTORIES = ("collections.OrderedDict", "collections.defaultdict", "collections.Counter")

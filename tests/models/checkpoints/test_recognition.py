@@ -105,7 +105,7 @@ def test_between_a_good_fit_and_none_there_is_a_warning(tmp_path):
     torch.save(record(ResNet(Config("residual", 14)), x).state_dict(), tmp_path / "a.pt")
     for given, words in (
         ("0.5,0.5,0.5/0.25,0.25,0.25", []),
-        ("0.52,0.52,0.52/0.27,0.27,0.27", ["the preprocessing fits roughly, so it may be another"]),
+        ("0.52,0.52,0.52/0.265,0.265,0.265", ["the preprocessing fits roughly, so it may be another"]),
         ("imagenet", ["no preprocessing fits", "the images, the preprocessing or the network are"]),
     ):
         found = load(tmp_path / "a.pt", normalize=given, kind="residual", images=images)
