@@ -74,6 +74,11 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.stack: list[Frame] = []
         self.outputs: dict[int, tuple[StorageWeakRef, Call, Any]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Save torch the import of its compiler: nothing is compiled during a pass."""
+        return False
+
     def track(self, x: Tensor, call: Call) -> None:
         reference = weak(x)
         self.outputs[reference.cdata] = reference, call, geometry(x)
