@@ -160,7 +160,10 @@ def test_why_a_network_was_not_folded_is_said(cifar, tmp_path, capsys):
     assert run(*words, *options) == 0
     assert "measured" not in capsys.readouterr().out
     assert run(*words, *options, "--verbose") == 0
-    assert "a: measured hooks: the output of conv is copied or cast before its BN\n" in capsys.readouterr().out
+    assert (
+        "a: measured hooks: the output of conv is copied or cast before its BN\n"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
