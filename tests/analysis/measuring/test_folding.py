@@ -8,7 +8,6 @@ from torch.nn.utils import prune
 
 import analysis
 from analysis.baselines import two_pass
-from analysis.measuring.blocks import recording_blocks
 from analysis.measuring.measurement import measuring
 from models import build
 
@@ -502,11 +501,15 @@ def test_a_lambda_that_holds_another_part_of_the_network():
     check(holder, images(9).split(3))
 
 
-def test_blocks_are_recorded_in_the_same_passes():
-    network = with_statistics(build("resnet-8"))
-    with recording_blocks(network) as record:
-        analysis.measure(network, images(9, 3, 32).split(3))
-    assert [moments.count for moments in record.blocks[0].moments.values()] == [9 * 32 * 32] * 2
+def test_additions_are_measured_in_the_same_folded_passes():
+    network, batches = with_statistics(build("resnet-8")), images(9, 3, 32).split(3)
+    with measuring(network, additions=True) as meter:
+        for batch in batches:
+            meter.add(batch)
+    result = meter.result()
+    frame = analysis.measure_branches(network, batches)
+    assert result.method == "folded"
+    assert result.ratios() == pytest.approx(frame["ratio"].to_numpy(), rel=1e-6)
 
 
 # Batches that are not like the first
