@@ -72,6 +72,7 @@ def test_a_network_of_table_1_on_a_folder_of_images(resnet_18, photographs, out)
     assert "resnet-18: preprocessing imagenet (assumed)" in printed
     # Three folders are not its 1,000 classes: there is no accuracy.
     assert re.search(r"resnet-18 +16 +- ", printed)
+    assert printed.count("no accuracy: the class of the folder 'class0' is not known\n") == 1
     frame = frame_in(out)
     assert len(frame) == 16
     assert set(frame["images"]) == {9}
@@ -122,20 +123,20 @@ def test_some_images_of_class_folders_are_of_all_classes(resnet_18, photographs,
 def test_options_for_images_are_without_effect_on_the_closed_form(resnet_18, photographs, out):
     line = f"responses --checkpoint {resnet_18} --source batchnorm batchnorm --out {out} {SVG}"
     warned = succeed(f"{line} --data {photographs} --batch-size 3 --normalize auto").err
-    said = "--data, --batch-size: without effect, --source batchnorm takes no images"
+    said = "--data, --batch-size: no effect, --source batchnorm takes no images"
     assert warned.splitlines()[0] == said
-    assert "without effect" not in succeed(line).err
+    assert "no effect" not in succeed(line).err
 
 
 def test_without_images_it_is_the_closed_form(resnet_18, out):
     line = f"responses --checkpoint {resnet_18} --out {out} {SVG}"
     assert succeed(line).err.splitlines() == [
-        "no images for networks of 224x224 input: name a folder of them with --data",
+        "no images for networks with 224x224 input: name a folder of them with --data",
         "no images: the closed form from BN's tensors instead (--source batchnorm)",
     ]
     assert len(frame_in(out)) == 16
-    assert "error: no images for networks of 224x224 input" in run(f"{line} --source hooks").error
-    assert "error: --data probe: 32x32 images" in run(f"{line} --data probe").error
+    assert "error: no images for networks with 224x224 input" in run(f"{line} --source hooks").error
+    assert "error: --data probe: its images have 32x32 pixels" in run(f"{line} --data probe").error
 
 
 def test_the_stride_of_bottlenecks_is_recognised_on_images(tmp_path):
@@ -146,7 +147,7 @@ def test_the_stride_of_bottlenecks_is_recognised_on_images(tmp_path):
         torch.save(network.state_dict(), tmp_path / "a.pth")
         found = loading.load(tmp_path / "a.pth", images=images)
         assert found.config.stride == stride
-        assert re.fullmatch(r"recognised, misfit 0.0\d, next best .*", found.how["kind"])
+        assert re.fullmatch(r"recognised, misfit 0.0\d, next best .*", found.how_kind())
         assert found.warnings == []
 
 
@@ -164,7 +165,9 @@ def test_if_the_images_do_not_tell_the_stride_it_is_taken_for_v1_5(photographs, 
 
 def test_networks_of_two_sizes_in_one_command(resnet_18, files, images, out):
     line = f"responses --checkpoint {resnet_18} {files['resnet-8']} --data {images} --out {out}"
-    assert "error: networks for 32x32 and for 224x224 images in one command" in run(line).error
+    assert (
+        "error: networks for 32x32 and for 224x224 images: measure them in two" in run(line).error
+    )
 
 
 def test_per_pixel_preprocessing_of_large_images(resnet_18, photographs, out):
@@ -307,30 +310,38 @@ def test_the_averaged_copy(images, tmp_path, out):
     torch.save({"state_dict": weights, "state_dict_ema": average}, tmp_path / "a.pth")
     line = f"responses --checkpoint a.pth --data {images} --kind residual --out {out} {SVG}"
     stds = []
-    for option, note in (("", "not its EMA copy, which --ema takes"), ("--ema", "EMA copy")):
+    names = ["state_dict", "state_dict_ema"]
+    for option, (name, other) in (
+        ("", names),
+        ("--ema", names[::-1]),
+        ("--weights state_dict_ema", names[::-1]),
+    ):
         printed = succeed(f"{line} --normalize [0,1] {option}").out
-        assert f", weights: {note}\n" in printed
+        assert f", weights: {name}; also in the file: {other}, which --weights takes\n" in printed
         stds.append(frame_in(out)["std"].tolist())
-    assert stds[0] != stds[1]
+    assert stds[0] != stds[1] == stds[2]
+    assert "a.pth: no weights called teacher in it" in run(f"{line} --weights teacher").error
     torch.save({"state_dict": weights}, tmp_path / "a.pth")
     assert "a.pth: no EMA copy in it" in run(f"{line} --ema").error
 
 
 def test_names_and_order_that_do_not_agree_are_a_warning(tmp_path, out):
-    state = {"conv1.weight": torch.ones(4, 3, 3, 3), "conv2.weight": torch.ones(4, 4, 3, 3)}
-    norm = nn.BatchNorm2d(4).state_dict()
-    norm.pop("num_batches_tracked")
-    state |= {f"bn1.{name}": tensor for name, tensor in norm.items()}
+    state = {f"conv{i}.weight": torch.ones(4, 3 + (i > 1), 3, 3) for i in (1, 2, 3)}
+    for i in (1, 2):
+        norm = nn.BatchNorm2d(4).state_dict()
+        norm.pop("num_batches_tracked")
+        state |= {f"bn{i}.{name}": tensor for name, tensor in norm.items()}
+    state["head.last.weight"] = state.pop("conv3.weight")
     torch.save(state, tmp_path / "a.pt")
     save_file(state, tmp_path / "b.safetensors")
     options = f"--source batchnorm --out {out} {SVG}"
     shown = succeed(f"responses --checkpoint a.pt {options}")
-    warned = "warning: a: names and order of the tensors do not agree on conv1 -> bn1"
+    warned = "warning: a: names and order of the tensors disagree on conv1 -> bn1; a forward pass"
     assert shown.err.startswith(warned)
-    assert "a: not computed, no BN seems to take in their output: conv2\n" in shown.out
-    warned = "warning: b: the tensors are sorted by name, and so are the layers"
+    assert "a: not computed, no BN follows it: head.last\n" in shown.out
+    warned = "warning: b: the tensors are sorted by name, so the order of the layers is a guess"
     assert succeed(f"responses --checkpoint b.safetensors {options}").err.startswith(warned)
-    assert frame_in(out)["norm"].tolist() == ["bn1"]
+    assert frame_in(out)["norm"].tolist() == ["bn1", "bn2"]
 
 
 def test_a_folder_of_the_name_that_asks_for_the_real_images_wins(files, out):

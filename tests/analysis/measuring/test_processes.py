@@ -61,7 +61,8 @@ def line(tmp_path):
 
 @pytest.mark.parametrize(("total", "processes"), [(21, 4), (2, 4), (0, 2), (8, 2), (50_000, 7)])
 def test_every_image_is_one_processs(total, processes, monkeypatch):
-    monkeypatch.setenv("MASTER_ADDR", "here")
+    for name, value in (("ADDR", "here"), ("PORT", "1")):
+        monkeypatch.setenv(f"MASTER_{name}", value)
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     parts = []
     for number in range(processes):
