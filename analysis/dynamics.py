@@ -16,7 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
@@ -47,20 +47,6 @@ if TYPE_CHECKING:  # torch and pandas take seconds to import, and --help needs n
 
 CONFIG, METRICS = "config.json", "metrics.csv"  # in the folder of a run of models.train
 CAPTION = "Std of the responses, layer by layer, and its mean, with the steps of the learning rate"
-LARGEST = 1e38  # float32 ends there
-
-
-@dataclass(frozen=True)
-class Training:
-    """What is known of a training besides its checkpoints.
-
-    recipe: of a run of models.train; None for any other training.
-    epochs: columns step, lr, mean_std (closed form); no rows if there are none.
-    """
-
-    recipe: Recipe | None
-    epochs: pd.DataFrame
-    files: dict[str, Any]  # path and digest of the files that it was read from
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,71 +83,73 @@ def run(args: argparse.Namespace, options: Options) -> None:
 
     with together():
         check_folder(args.out)
-        training = read_training(args.items[0])
+        recipe, epochs, sources = read_training(args.items[0])
+    notes: list[str] = []
     if args.items[0].suffix == ".csv":
-        frame = read_recorded(args.items)
-        provenance: dict[str, Any] = {}
-        notes: list[str] = []
+        frame, provenance = read_recorded(args.items), file_facts(args.items[0])
     else:
-        frame, provenance, notes = measure_snapshots(args, options, training.recipe)
-    figure = draw_dynamics(frame, training.epochs, find_rates(training, frame))
+        frame, provenance, notes = measure_snapshots(args, options, recipe)
+    drawn, line = (table.rename(columns={"step": "iteration"}) for table in (frame, epochs))
+    figure = draw_dynamics(drawn, line, find_rates(recipe, frame, epochs))
+    if recipe is None:
+        figure.axes[1].set_xlabel("step")  # or an epoch: the checkpoints do not say
     write_notes([figure], notes)
-    provenance |= training.files
+    provenance |= sources
     files = {"dynamics.csv": as_csv(frame), "dynamics.json": as_json(provenance)}
     files |= as_images("dynamics", figure, args.format)
     if args.html:
         title = f"Layer responses of {frame['network'].iloc[0]} through training"
-        page = make_page(title, [(CAPTION, figure)], frame, provenance)
+        page = make_page(title, [(CAPTION, figure)], drawn, provenance)
         files["dynamics.html"] = page.encode()
     written = write_files(args.out, files)
     print_table(frame)
     print(written)
 
 
-def read_training(item: Path) -> Training:
-    """Return what the folder of a run of models.train says; nothing of any other item."""
+def read_training(item: Path) -> tuple[Recipe | None, pd.DataFrame, dict[str, Any]]:
+    """Return the recipe, the epochs (step, lr, mean_std) and their file of a run of models.train.
+
+    Of any other item: None and no rows.
+    """
     import pandas as pd
 
-    from models.files import sha256
+    from models.training.recipe import Recipe
 
     epochs = pd.DataFrame(columns=["step", "lr", "mean_std"], dtype=float)
     config, metrics = item / CONFIG, item / METRICS
     if not config.is_file():
-        return Training(None, epochs, {})
+        return None, epochs, {}
     try:
-        recipe = read_recipe(config)
+        recipe = Recipe(**json.loads(config.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as error:
         advice = "restore it: the card of a snapshot holds the same values"
         raise ValueError(f"{config}: damaged ({error}); {advice}") from error
     if not metrics.is_file():
-        return Training(recipe, epochs, {})
+        return recipe, epochs, {}
     try:
-        epochs = read_epochs(metrics)
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        return recipe, read_epochs(metrics), file_facts(metrics)
+    except (ValueError, TypeError, OverflowError) as error:
         advice = "move it away, and the snapshots are drawn without it"
         raise ValueError(f"{metrics}: damaged ({error}); {advice}") from error
-    return Training(recipe, epochs, {METRICS: {"path": str(metrics), "sha256": sha256(metrics)}})
 
 
-def read_recipe(path: Path) -> Recipe:
-    """Return the recipe in a config.json. Raise ValueError or TypeError if it is not one."""
-    from models.training.recipe import Recipe
+def file_facts(path: Path) -> dict[str, Any]:
+    """Return which file was read, for the provenance."""
+    from models.files import sha256
 
-    recipe = Recipe(**json.loads(path.read_text(encoding="utf-8")))
-    for name, default in asdict(Recipe("residual", 20)).items():
-        if type(getattr(recipe, name)) is not type(default):
-            raise ValueError(f"{name} is {getattr(recipe, name)!r}")
-    if recipe.kind not in ("residual", "plain") or not 0 < recipe.iterations < 2**62:
-        raise ValueError(f"it says {recipe.kind!r} and {recipe.iterations} iterations")
-    return recipe
+    return {path.name: {"path": str(path), "sha256": sha256(path)}}
 
 
 def read_epochs(path: Path) -> pd.DataFrame:
     """Return the rows of a metrics.csv: step, lr and mean_std of each epoch."""
     import pandas as pd
 
-    epochs = pd.read_csv(path).rename(columns={"iteration": "step"})
-    epochs = epochs[["step", "lr", "mean_std"]].astype(float)
+    from analysis.cli.frames import LARGEST
+    from analysis.measuring.frame import read_columns
+
+    read_columns(path)  # raises for a line without end
+    epochs = pd.read_csv(path, usecols=["iteration", "lr", "mean_std"])
+    epochs = epochs.rename(columns={"iteration": "step"}).astype(float)
     ascending = (epochs["step"].diff()[1:] > 0).all()
     if not ascending or not (epochs.abs() < LARGEST).to_numpy().all():
         raise ValueError("the iterations do not ascend, or not all numbers are finite")
@@ -177,29 +165,32 @@ def measure_snapshots(
     from analysis.measuring.steps import find_snapshots
 
     with together():
-        folders = [item / "snapshots" if recipe else item for item in args.items]
+        items = [args.items[0] / "snapshots", *args.items[1:]] if recipe else args.items
         snapshots, skipped = find_snapshots(
-            folders, args.step_regex, weights=options.weights, ema=options.ema
+            items, args.step_regex, weights=options.weights, ema=options.ema
         )
         for line in skipped:
             print(f"warning: {line}", file=sys.stderr)
         if recipe:
             check_run(snapshots, recipe)
         if options.sources == ("hooks",):
-            snapshots = without_first(snapshots)
-        last = snapshots[-1].step
+            snapshots = without_untrained(snapshots)
         of = f" of {recipe.iterations:,}" if recipe else ""
-        print(f"{args.items[0]}: step {last:,}{of}, checkpoints: {len(snapshots)}")
-    items = [Item(f"step {one.step:,}", one.path, file=one.file) for one in snapshots]
-    networks, images = open_networks(items, options)
+        print(f"checkpoints: {len(snapshots)}, last step: {snapshots[-1].step:,}{of}")
+    steps = [Item(f"step {one.step}", one.path, file=one.file) for one in snapshots]
+    networks, images = open_networks(steps, options)
     results = measure_networks(networks, images, options)
     frame = pd.concat(
         [at_step(result, one) for result, one in zip(results, snapshots, strict=True)],
         ignore_index=True,
     )
+    if len(names := frame["network"].unique()) > 1:
+        raise ValueError(
+            f"{args.items[0]}: some checkpoints are taken for {names[0]}, some for {names[1]}; "
+            "--model FILE.py:FUNCTION says which network they are of"
+        )
     provenance = {
-        result.network.checkpoint.path.stem: provenance_of(result, images, options).to_json()
-        for result in results
+        result.network.label: provenance_of(result, images, options).to_json() for result in results
     }
     return frame, provenance, notes_of(images, results)
 
@@ -209,8 +200,7 @@ def check_run(snapshots: Sequence[Snapshot], recipe: Recipe) -> None:
     from models.training.loop import ANYWHERE
 
     for snapshot in snapshots:
-        card = snapshot.file.card.get("training")
-        card = card if isinstance(card, dict) else {}
+        card = {"warm_up": False} | snapshot.facts  # 0.1 had no such choice
         for name, value in asdict(recipe).items():
             if name not in ANYWHERE and card.get(name) != value:
                 raise ValueError(
@@ -219,26 +209,25 @@ def check_run(snapshots: Sequence[Snapshot], recipe: Recipe) -> None:
                 )
 
 
-def without_first(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
-    """Leave out step 0: before BN has recorded anything, evaluation mode makes responses grow."""
-    trained = [snapshot for snapshot in snapshots if snapshot.step > 0]
-    if not trained:
-        raise ValueError(
-            f"{snapshots[0].path}: only step 0 is there, when BN has recorded nothing: wait for the "
-            "next checkpoint, or use --source batchnorm"
-        )
-    if len(trained) < len(snapshots):
-        reason = "BN has recorded nothing yet (--source batchnorm shows it)"
-        print(f"step 0 is left out: {reason}", file=sys.stderr)
-    return trained
+def without_untrained(snapshots: list[Snapshot]) -> list[Snapshot]:
+    """Leave out an untrained network: without BN's statistics, responses grow in evaluation mode."""
+    first, *others = snapshots
+    tensors = first.file.tensors.items()
+    means = [tensor for name, tensor in tensors if name.endswith("running_mean")]
+    if not means or any(mean.any() for mean in means):
+        return snapshots
+    reason = "BN has recorded nothing yet (--source batchnorm shows it)"
+    if not others:
+        raise ValueError(f"{first.path}: {reason}; wait for the next checkpoint")
+    print(f"step {first.step} is left out: {reason}", file=sys.stderr)
+    return others
 
 
 def at_step(result: Measured, snapshot: Snapshot) -> pd.DataFrame:
     """Return the frame of one checkpoint, with its step and learning rate in front."""
-    checkpoint = result.network.checkpoint
-    config, training = checkpoint.config, checkpoint.card.get("training")
-    name = config.name if config else type(checkpoint.model).__name__
-    rate = training.get("current_lr") if isinstance(training, dict) else None
+    config, model = result.network.checkpoint.config, result.network.checkpoint.model
+    name = config.name if config else "network" if model is None else type(model).__name__
+    rate = snapshot.facts.get("current_lr")
     frame = result.frame.assign(network=name)
     frame.insert(0, "step", snapshot.step)
     frame.insert(1, "lr", rate if isinstance(rate, float) else None)
@@ -249,33 +238,42 @@ def read_recorded(paths: Sequence[Path]) -> pd.DataFrame:
     """Return the frame in a dynamics.csv. Raise ValueError, with the path, for any other file."""
     import pandas as pd
 
-    from analysis.measuring.frame import COLUMNS
+    from analysis.cli.frames import LARGEST, TEXT, check_text
+    from analysis.measuring.frame import COLUMNS, complete, read_columns
 
     path, *others = paths
     if others:
         raise ValueError(f"{others[0]}: a dynamics.csv is drawn by itself; leave the others out")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; Recorder.save writes a dynamics.csv")
+    reading: Any = {"dtype": dict.fromkeys(TEXT, str), "float_precision": "round_trip"}
     try:
-        frame = pd.read_csv(path)
-        if frame.columns[0] != "step" or not set(COLUMNS) <= set(frame.columns):
-            raise ValueError(f"its columns are {', '.join(frame.columns)[:200]}")
-        if frame.empty or not frame["std"].abs().lt(LARGEST).all():
-            raise ValueError("it has no rows, or a std is missing")
-    except (ValueError, UnicodeDecodeError) as error:
+        columns = read_columns(path)
+        if columns[0] != "step" or not set(COLUMNS) <= set(columns):
+            raise ValueError(f"its columns are {', '.join(columns)[:200]}")
+        frame = pd.read_csv(path, keep_default_na=False, na_values=[""], **reading)
+        check_text(frame)
+        front = frame[[name for name in ("step", "lr") if name in columns]]
+        frame = pd.concat([front, complete(frame)], axis=1)
+        whole = frame["step"].dtype == "int64" and frame["std"].abs().lt(LARGEST).all()
+        if frame.empty or not whole or frame.duplicated(["step", "layer"]).any():
+            raise ValueError("no rows, a step or std that is no number, or a layer twice at a step")
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{path}: not a frame that Recorder.save wrote: {error}") from error
     return frame
 
 
-def find_rates(training: Training, frame: pd.DataFrame) -> list[tuple[int, float]]:
+def find_rates(
+    recipe: Recipe | None, frame: pd.DataFrame, epochs: pd.DataFrame
+) -> list[tuple[int, float]]:
     """Return from which step on which learning rate holds; empty if no rate is known."""
     import pandas as pd
 
-    if training.recipe is None:
+    if recipe is None:
         return []
-    pairs = pd.concat([frame[["step", "lr"]], training.epochs[["step", "lr"]]])
-    known = pairs.drop_duplicates().sort_values("step").itertuples(index=False)
-    return rates_of(training.recipe, known)
+    known = pd.concat([table[["step", "lr"]] for table in (frame, epochs)])
+    pairs = known.drop_duplicates().sort_values("step").itertuples(index=False)
+    return rates_of(recipe, pairs)
 
 
 def rates_of(recipe: Recipe, known: Iterable[tuple[int, float]]) -> list[tuple[int, float]]:

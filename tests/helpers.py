@@ -238,8 +238,9 @@ def snapshot_path(folder, iteration):
 
 def write_snapshot(folder, number, recipe=RECIPE, name=None, **facts):
     """Write the snapshot of an iteration, with a card in which `facts` are changed. Return its path."""
+    network = fitting(name or recipe.network, images=blobs(20))
     torch.manual_seed(number)
-    network = randomize_norms(fitting(name or recipe.network, images=blobs(20)))
+    randomize_norms(network)
     card = asdict(recipe) | {"iteration": number, "current_lr": RATES[number]} | facts
     return save(snapshot_path(folder, number), network, padding="zero", **card)
 

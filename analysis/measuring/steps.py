@@ -6,27 +6,26 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from models.checkpoints.formats import EXPECTED
 from models.checkpoints.loading import PROGRESS, CheckpointFile, read
 
-Regex = re.Pattern[str] | str | None
 SUFFIXES = (".pt", ".pth", ".th", ".ckpt", ".safetensors", ".pth.tar")
 IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")  # of transformers, in checkpoint-500/
 
 
 class Snapshot(NamedTuple):
-    """A checkpoint: its step, its file, and in words where the step was found."""
+    """A checkpoint: its step, its file, in words where the step was found, and what else it says.
+
+    facts: of the training: the numbers beside the weights, and what the card of a run says.
+    """
 
     step: int
+    path: Path
     file: CheckpointFile
     source: str
-
-    @property
-    def path(self) -> Path:
-        """Where the file lies."""
-        return self.file.path
+    facts: dict[str, Any]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -36,7 +35,7 @@ class Snapshot(NamedTuple):
 
 def find_snapshots(
     items: Sequence[Path],
-    step_regex: Regex = None,
+    step_regex: str | None = None,
     *,
     weights: str | None = None,
     ema: bool = False,
@@ -58,7 +57,7 @@ def find_snapshots(
         except ValueError as error:  # a running training may be writing it
             skipped.append(f"{error}; skipped")
             continue
-        snapshots.append(Snapshot(*find_step(file, step_regex)))
+        snapshots.append(find_step(file, step_regex))
     if not snapshots:
         raise ValueError(skipped[0] if skipped else f"{items[0]}: no checkpoint in it; {EXPECTED}")
     snapshots.sort(key=lambda snapshot: snapshot.step)
@@ -79,15 +78,15 @@ def files_of(item: Path) -> list[Path]:
     return files + [path for path in inner if path.is_file()]
 
 
-def find_step(file: CheckpointFile, regex: Regex) -> tuple[int, CheckpointFile, str]:
-    """Return the step of a checkpoint, the checkpoint, and in words where the step was found."""
+def find_step(file: CheckpointFile, regex: str | None) -> Snapshot:
+    """Return a checkpoint with its step, and where that was found."""
     path = file.path
     name = path.parent.name if path.name in IN_FOLDERS else path.name
     training = file.card.get("training")
-    facts = {**file.progress, **(training if isinstance(training, dict) else {})}
+    facts = file.progress | (training if isinstance(training, dict) else {})
     for key in PROGRESS if regex is None else ():
         if type(step := facts.get(key)) is int and 0 <= step < 2**62:
-            return step, file, f"{key} in the file"
+            return Snapshot(step, path, file, f"{key} in the file", facts)
     try:
         numbers = numbers_in(name) if regex is None else re.findall(regex, name)
     except re.error as error:
@@ -97,7 +96,7 @@ def find_step(file: CheckpointFile, regex: Regex) -> tuple[int, CheckpointFile, 
             f"{path}: its step is unknown: {len(numbers)} numbers in its name may be the step; "
             r"--step-regex 'net-(\d+)', for example, says which one is"
         )
-    return int(numbers[0]), file, "its name"
+    return Snapshot(int(numbers[0]), path, file, "its name", facts)
 
 
 def numbers_in(name: str) -> list[str]:
