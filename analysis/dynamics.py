@@ -238,7 +238,7 @@ def read_recorded(paths: Sequence[Path]) -> pd.DataFrame:
     """Return the frame in a dynamics.csv. Raise ValueError, with the path, for any other file."""
     import pandas as pd
 
-    from analysis.cli.frames import LARGEST, TEXT, check_text
+    from analysis.cli.frames import LARGEST, REAL, TEXT, check_text
     from analysis.measuring.frame import COLUMNS, complete, read_columns
 
     path, *others = paths
@@ -246,15 +246,16 @@ def read_recorded(paths: Sequence[Path]) -> pd.DataFrame:
         raise ValueError(f"{others[0]}: a dynamics.csv is drawn by itself; leave the others out")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; Recorder.save writes a dynamics.csv")
-    reading: Any = {"dtype": dict.fromkeys(TEXT, str), "float_precision": "round_trip"}
     try:
         columns = read_columns(path)
         if columns[0] != "step" or not set(COLUMNS) <= set(columns):
             raise ValueError(f"its columns are {', '.join(columns)[:200]}")
-        frame = pd.read_csv(path, keep_default_na=False, na_values=[""], **reading)
+        real = [name for name in ("lr", *REAL, "std_error") if name in columns]
+        types = dict.fromkeys([*TEXT, *real], str)
+        frame = pd.read_csv(path, dtype=types, keep_default_na=False, na_values=[""])
         check_text(frame)
-        front = frame[[name for name in ("step", "lr") if name in columns]]
-        frame = pd.concat([front, complete(frame)], axis=1)
+        frame = frame.astype(dict.fromkeys(real, float))  # exactly what was written
+        frame = pd.concat([frame[columns[: columns.index("network")]], complete(frame)], axis=1)
         whole = frame["step"].dtype == "int64" and frame["std"].abs().lt(LARGEST).all()
         if frame.empty or not whole or frame.duplicated(["step", "layer"]).any():
             raise ValueError("no rows, a step or std that is no number, or a layer twice at a step")

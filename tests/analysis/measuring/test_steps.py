@@ -1,7 +1,5 @@
 """Checkpoints of any training in order, and what cannot be put in order."""
 
-import re
-
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -84,7 +82,7 @@ def test_tensors_of_safetensors_files_keep_an_order(tmp_path):
 
 def test_a_regex_finds_the_step_in_other_names(tmp_path):
     save(tmp_path / "net-20-7k.pth", epoch=1)
-    assert steps(tmp_path, step_regex=re.compile(r"(\d+)k")) == {"net-20-7k.pth": 7}
+    assert steps(tmp_path, step_regex=r"(\d+)k") == {"net-20-7k.pth": 7}
 
 
 def test_a_half_written_file_is_skipped_and_said(tmp_path):
