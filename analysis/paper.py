@@ -162,7 +162,7 @@ def obstacle(number: Number, pair: Sequence[Subject]) -> str:
     return "" if number.is_certain else f"; within twice its sampling error ({number.error:.3f})"
 
 
-def compare(
+def with_error(
     ours: Subject, theirs: Subject, of: str, value: Callable[[np.ndarray, np.ndarray], float]
 ) -> tuple[float, float]:
     """Return a value of two networks, and its sampling error by the jackknife over images.
@@ -183,7 +183,7 @@ def below_plain(subjects: Sequence[Subject]) -> Iterator[Number]:
             continue
         yield difference_of_means(ours, plain)
         if len(ours.std) == len(plain.std):
-            share, error = compare(ours, plain, "std", lambda a, b: float((a < b).mean()))
+            share, error = with_error(ours, plain, "std", lambda a, b: float((a < b).mean()))
             below, layers = round(share * len(ours.std)), len(ours.std)
             sentence = f"{ours.label} is below {plain.label} in {below} of {layers} layers"
             names = ours.label, plain.label
@@ -201,7 +201,7 @@ def smaller_steps(subjects: Sequence[Subject]) -> Iterator[Number]:
     for shallow, deep in by_depth(subjects):
         if deep.ratio is None or shallow.ratio is None:
             continue
-        value, error = compare(
+        value, error = with_error(
             deep, shallow, "ratio", lambda a, b: float(np.nanmedian(a) - np.nanmedian(b))
         )
         ours, theirs = np.nanmedian(deep.ratio), np.nanmedian(shallow.ratio)
@@ -218,7 +218,7 @@ def smaller_steps(subjects: Sequence[Subject]) -> Iterator[Number]:
 
 def difference_of_means(ours: Subject, theirs: Subject) -> Number:
     """Return the difference of two networks' mean stds."""
-    value, error = compare(ours, theirs, "std", lambda a, b: float(a.mean() - b.mean()))
+    value, error = with_error(ours, theirs, "std", lambda a, b: float(a.mean() - b.mean()))
     means = ours.std.mean(), theirs.std.mean()
     percent = f"{abs(100 * value / means[1]):.1f} % {'less' if value < 0 else 'more'} than"
     sentence = (

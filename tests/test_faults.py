@@ -24,7 +24,6 @@ import torch
 from PIL import Image
 
 from models import build, train
-from models.data import cifar10
 from models.files import LEFT
 from tests.helpers import (
     ROOT,
@@ -100,7 +99,6 @@ def only_line(outcome, status, *words):
 def work(folder, line, kill_at):
     """Run a command in a process of its own, which kills itself at its n-th renaming of a file, from 0."""
     os.chdir(folder)
-    os.environ["LAYER_RESPONSES_CACHE"] = str(folder / "cache")
     torch.set_num_threads(1)
     seen, rename = itertools.count(), os.replace
     die = functools.partial(os.kill, os.getpid(), signal.SIGKILL)
@@ -272,17 +270,6 @@ def a_full_disk_under_a_training(folder):
 
 
 @fault()
-def a_full_disk_under_the_cache(folder):
-    lay_out(folder)
-    cache = mock.patch.dict(os.environ, {"LAYER_RESPONSES_CACHE": "cache"})
-    with mounted(folder / "cache", "size=4k"), cache:
-        outcome = execute(HOOKS)
-        assert outcome.status == 0, outcome.err
-        assert [path for path in (folder / "cache").rglob("*") if path.is_file()] == []
-    return "the measurement goes on, and nothing is kept"
-
-
-@fault()
 def a_read_only_folder_for_results(folder):
     lay_out(folder)
     with mounted(folder / "out", "ro"):
@@ -411,15 +398,13 @@ def interrupt_moments(line, folder):
     lay_out(folder)
     if "dynamics" in line:
         succeed(TRAIN)
-    cifar10.load(folder / "cifar")  # so that only the moment "decoding" writes into a cache
     for moment in INTERRUPTED[line]:
         out = folder / moment
-        cache = {"LAYER_RESPONSES_CACHE": str(out / "cache")} if moment == "decoding" else {}
-        with mock.patch.dict(os.environ, cache), before(MOMENTS[moment], interrupt):
+        with before(MOMENTS[moment], interrupt):
             outcome = execute(line.replace("--out out", f"--out {out}"))
         assert outcome.status == 130
         assert outcome.err.splitlines()[-1].startswith("interrupted")
-        written = {path.suffix for path in out.iterdir() if path.name != "cache"}
+        written = {path.suffix for path in out.iterdir()}
         assert written in ({".csv", ".json", ".svg"}, set())
         assert bool(written) == (moment in ("writing", "renaming"))
     return f"at {', '.join(INTERRUPTED[line])}: status 130, all of the results or none"

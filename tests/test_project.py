@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,18 @@ from tests.helpers import README, ROOT, SETUP
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 BOUNDS = dict(dependency.split(">=") for dependency in PROJECT["dependencies"])
+EXTRAS = set(re.findall(r"\w+(?=>=)", str(PROJECT["optional-dependencies"])))
 PACKAGES = ("analysis", "models", "plots")
 MODULES = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
 TREES = {path: ast.parse(path.read_text()) for path in MODULES}
 SOURCES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in MODULES}
+TOO_LARGE = {
+    "analysis/benchmark.py",
+    "analysis/measuring",
+    "analysis/measuring/networks.py",
+    "analysis/probe.py",
+    "models/batchnorm.py",
+}  # over 330 lines, or over 12 files
 SOURCES = {name.removesuffix(".__init__"): path for name, path in SOURCES.items()}
 
 
@@ -95,13 +104,14 @@ def test_there_is_no_import_cycle():
     assert graph == {}
 
 
-@pytest.mark.xfail(reason="being rebuilt: issue 35, steps 5 to 7", strict=False)
 def test_folders_and_files_are_small():
-    files = {path.parent: 0 for path in MODULES}
-    for path in MODULES:
-        files[path.parent] += 1
-        assert path.read_text().count("\n") <= 330, path
-    assert {folder: count for folder, count in files.items() if count > 12} == {}
+    sizes = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in MODULES}
+    long = {name for name, lines in sizes.items() if lines > 330}
+    counts = Counter(str(Path(name).parent) for name in sizes)
+    full = {folder for folder, count in counts.items() if count > 12}
+    assert long | full <= TOO_LARGE
+    if found := sorted(long | full):
+        pytest.xfail(f"still too large: {', '.join(found)}")
 
 
 IMPORTING = """
@@ -145,10 +155,13 @@ def test_every_test_file_mirrors_a_module():
     modules = {path.relative_to(ROOT).with_name(f"test_{path.name}") for path in MODULES}
     tests = {path.relative_to(ROOT / "tests") for path in (ROOT / "tests").glob("*/**/test_*.py")}
     tests = {path for path in tests if path.parts[0] != "integration"}
-    assert tests <= modules | {Path("models/test_zoo.py")}
+    assert tests <= modules | {
+        Path("models/test_zoo.py"),
+        Path("models/checkpoints/test_bit_flips.py"),
+    }
 
 
-@pytest.mark.xfail(reason="being rebuilt: tests/models/test_train.py", strict=False)
+@pytest.mark.xfail(reason="tests/integration shares `imported` of its test_networks", strict=False)
 def test_no_test_imports_from_another():
     for path in (ROOT / "tests").rglob("test_*.py"):
         assert not re.search(r"^from tests\S*\.test_", path.read_text(), re.MULTILINE), path
@@ -175,7 +188,8 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(node.module.partition(".")[0])
     foreign = imported - set(PACKAGES) - sys.stdlib_module_names
-    assert {{"PIL": "pillow"}.get(name, name) for name in foreign} == set(BOUNDS)
+    found = {{"PIL": "pillow"}.get(name, name) for name in foreign}
+    assert found - EXTRAS == set(BOUNDS)
 
 
 STYLE = [("ruff", "check"), ("ruff", "format", "--check"), ("mypy",)]

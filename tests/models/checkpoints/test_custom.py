@@ -73,7 +73,8 @@ def test_a_package_called_models_that_is_imported_first_is_named(tmp_path):
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert run.stderr.splitlines()[-1] == (
-        f"ImportError: another package called models is imported: {tmp_path}/models.py; import analysis before it"
+        f"ImportError: another package called models is imported: {tmp_path}/models.py; "
+        "import analysis first"
     )
 
 
