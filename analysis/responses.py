@@ -86,6 +86,16 @@ def make_parser() -> argparse.ArgumentParser:
     add("--checkpoint", nargs="+", default=[], metavar="[LABEL=]PATH", help="trained networks")
     add_options(parser, both=True)
     add("--no-paper", action="store_true", help="leave out the paper's own curves")
+    add(
+        "--scale",
+        choices=("auto", "linear", "log"),
+        default="auto",
+        help="of fig7's axis; auto is linear, and clips a curve that would flatten all others",
+    )
+    add("--size", choices=("column", "wide", "slide"), default="column", help="of fig7")
+    add("--ylim", type=float, nargs=2, metavar=("LOW", "HIGH"), help="lowest and highest std shown")
+    add("--palette", choices=("paper", "colorblind"), default="paper", help="default: paper")
+    add("--title", help="a text above fig7")
     add_output_options(parser)
     return parser
 
@@ -111,7 +121,12 @@ def run(args: argparse.Namespace, options: Options) -> None:
     notes = notes_of(images, results)
     shown = None if args.no_paper else paper_curves()
     table = table_of(results)
-    fig7 = draw_fig7(frame, shown, note="\n".join([*short_runs(networks), *notes]))
+    fig7 = draw_fig7(
+        frame,
+        shown,
+        note="\n".join([*short_runs(networks), *notes]),
+        **{name: getattr(args, name) for name in ("scale", "size", "ylim", "palette", "title")},
+    )
     decomposition = draw_decomposition(frame)
     write_notes([decomposition], notes)
     figures = {"fig7": fig7, "decomposition": decomposition}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from models.checkpoints.recognition import (
@@ -22,7 +24,7 @@ from models.checkpoints.recognition import (
     stem_variance,
 )
 from models.data.preprocessing import PADDINGS, PRESETS, Preprocessing, mean_image, per_pixel
-from models.resnet import Config, config_of
+from models.resnet import SIZES, Config, config_of
 
 CLASSES = 10  # of CIFAR-10
 MOST_ITERATIONS = 10**9
@@ -74,6 +76,23 @@ class Checkpoint:
     def config(self) -> Config | None:
         """Return which of our networks it is, if it is one."""
         return None if self.model is None else config_of(self.model)
+
+    def batches(self, data: str | Path = "cifar10", size: int = 128) -> Iterator[Any]:
+        """Yield normalised batches: images (n, 3, H, W), or (images, labels) if there are labels.
+
+        data: `probe`, `cifar10`, or a path. size: images per batch.
+        Raises ValueError if the preprocessing is not known: `models.load(…, normalize=NAME)`.
+        """
+        from models.data import load
+
+        if self.preprocessing is None:
+            raise ValueError(
+                f"{self.path}: its preprocessing is not known: load it with normalize="
+            )
+        side = SIZES["cifar" if self.config is None else self.config.images]
+        for images, labels in load(data, side=side).batches(size):
+            x = self.preprocessing(images)
+            yield x if labels is None else (x, torch.from_numpy(labels))
 
     @property
     def iterations(self) -> int | None:
