@@ -181,7 +181,8 @@ def announce(network: Network, images: ImageSet | None) -> None:
     print(f"{label}: network {name} ({checkpoint.how_kind()}){length}{copy}")
     if images is not None and checkpoint.preprocessing is not None:
         padding = checkpoint.crop_padding
-        words = "" if padding is None else f", {padding} padding in training"
+        word = "no" if padding == "none" else padding
+        words = "" if padding is None else f", {word} padding in training"
         known = checkpoint.how_preprocessing()
         print(f"{label}: preprocessing {checkpoint.preprocessing.name}{words} ({known})")
     for warning in checkpoint.warnings:

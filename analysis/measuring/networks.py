@@ -206,6 +206,11 @@ def compute(network: Network, eps: float | None) -> pd.DataFrame:
 
     checkpoint, label = network.checkpoint, network.label
     model = checkpoint.model
+    if not any(name.endswith("running_var") for name in checkpoint.state):
+        raise ValueError(
+            f"{checkpoint.path}: it has no BN with recorded statistics to compute from; "
+            "python -m analysis.branches measures residual additions instead"
+        )
     if model is not None and not says_eps(checkpoint):
         source: nn.Module | Mapping[str, Tensor] = model.state_dict()
     else:
