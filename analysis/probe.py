@@ -26,7 +26,8 @@ from analysis.cli.command import run_command
 from analysis.cli.items import find_item, open_networks, place_of
 from analysis.cli.options import CIFAR10, check_device, positive
 from analysis.cli.outputs import as_csv, as_images, check_folder, versions, write_files
-from analysis.measuring.networks import Network, Options, compute, run_networks
+from analysis.measuring.computing import compute
+from analysis.measuring.networks import Network, Options, run_networks
 
 if TYPE_CHECKING:  # torch and pandas take seconds to import, and --help needs neither
     import numpy as np
@@ -120,7 +121,12 @@ def run(args: argparse.Namespace) -> None:
         {
             "network": network.label,
             "made_with": number < len(made_with),
-            **errors(results[number], again[number], compute(network, None), by_network[number]),
+            **errors(
+                results[number],
+                again[number],
+                compute(network.label, network.checkpoint, None),
+                by_network[number],
+            ),
         }
         for number, network in enumerate(networks)
     ]

@@ -238,7 +238,7 @@ def notes_of(images: ImageSet | None, results: Sequence[Measured]) -> list[str]:
 
 def missing_layers(results: Sequence[Measured]) -> list[str]:
     """Return lines that name the layers without a row, one for all networks that lack the same."""
-    from analysis.measuring.networks import list_names
+    from analysis.measuring.computing import list_names
     from plots.style import display_name
 
     labels: dict[tuple[str, ...], list[str]] = {}

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from analysis.measuring.computing import compute, report_missing
 from analysis.measuring.processes import count_processes, exchange, leave, part_of, rank, together
 from models.messages import does_not_run, is_out_of_memory, out_of_memory
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:  # torch and pandas take seconds to import, and --help needs n
 
 RESPONSE = 64  # bytes of a response in the first stage, per pixel of the image, in float32
 FIRST = 16  # images in the first batch, which runs unfolded and so costs more
-SHOWN = 3  # names in a printed line
 ROUNDING_IMAGES, ROUNDING_BATCHES = 256, 8  # on which bfloat16 is compared with float32
 
 
@@ -126,7 +126,9 @@ def measure_networks(
     computed: list[pd.DataFrame] = []
     if "batchnorm" in sources:  # before minutes of measuring: it may raise
         with together():
-            computed = [compute(network, options.eps) for network in networks]
+            computed = [
+                compute(network.label, network.checkpoint, options.eps) for network in networks
+            ]
     measured: list[Measurement] = []
     rounding: list[dict[str, float]] = []
     if "hooks" in sources:
@@ -183,68 +185,6 @@ def add_closed_form(result: Measured, rows: pd.DataFrame) -> Measured:
     frame = make_frame(kept, network=label, source="batchnorm").assign(**known)
     both = pd.concat([result.frame, frame.astype(result.frame.dtypes)], ignore_index=True)
     return replace(result, frame=both, eps=rows.attrs["eps"])
-
-
-def report_missing(label: str, done: str, missing: Mapping[str, str]) -> None:
-    """Say which convolutions are not measured, or not computed, and why."""
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in missing.items():
-        by_reason.setdefault(reason, []).append(name)
-    for reason, names in by_reason.items():
-        print(f"{label}: not {done}, {reason}: {list_names(names)}")
-
-
-def list_names(names: Sequence[str]) -> str:
-    """Return the first names, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
-
-
-def compute(network: Network, eps: float | None) -> pd.DataFrame:
-    """Return the rows of one network by the closed form; say what is assumed."""
-    from models.batchnorm import closed_form
-
-    checkpoint, label = network.checkpoint, network.label
-    model = checkpoint.model
-    if not any(name.endswith("running_var") for name in checkpoint.state):
-        raise ValueError(
-            f"{checkpoint.path}: it has no BN with recorded statistics to compute from; "
-            "python -m analysis.branches measures residual additions instead"
-        )
-    if model is not None and not says_eps(checkpoint):
-        source: nn.Module | Mapping[str, Tensor] = model.state_dict()
-    else:
-        source = checkpoint.state if model is None else model
-    try:
-        rows = closed_form(source, eps=eps)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint.path}: {error}") from error
-    facts: Mapping[str, Any] = rows.attrs
-    if facts["eps"] is not None:
-        effect = f"{100 * facts['eps_effect']:.2g} %"
-        print(
-            f"{label}: epsilon {facts['eps']:g} assumed; 1e-5, 1e-3 or 0 changes a std by up to "
-            f"{effect}"
-        )
-    elif eps is not None:
-        print(f"{label}: --eps: no effect, the network says its epsilon", file=sys.stderr)
-    doubts = []
-    if facts["ambiguous"]:
-        names = list_names(facts["ambiguous"])
-        doubts.append(f"names and order of the tensors disagree on {names}")
-    if facts["sorted"] and model is None:
-        doubts.append("the tensors are sorted by name, so the order of the layers is a guess")
-    for doubt in doubts:
-        checkpoint.warnings.append(f"{doubt}; a forward pass (--model) tells")
-        print(f"warning: {label}: {checkpoint.warnings[-1]}", file=sys.stderr)
-    return rows
-
-
-def says_eps(checkpoint: Checkpoint) -> bool:
-    """Whether the epsilon of a network is known: it was built by its own code, or trained by ours."""
-    from models.checkpoints.loading import Known
-
-    return checkpoint.kind_known is Known.BUILT or bool(checkpoint.card)
 
 
 def run_networks(

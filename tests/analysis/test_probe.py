@@ -123,7 +123,7 @@ def test_it_goes_on_after_an_interruption(line, tmp_path, monkeypatch):
     error = run(f"{line} --seed 1 --out parts").error
     assert "state.pt: made with other seed; name another --out" in error
     printed = succeed(f"{line} --out parts").out
-    assert "state.pt: going on after step 2 of 4" in printed
+    assert "state.pt: continuing after step 2 of 4" in printed
     whole, parts = (probe.load(tmp_path / name / "probe.webp") for name in ("whole", "parts"))
     assert np.array_equal(whole.images, parts.images)
     assert whole.card == parts.card
