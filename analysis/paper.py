@@ -158,7 +158,8 @@ def obstacle(number: Number, pair: Sequence[Subject]) -> str:
         return f"; after {' and '.join(f'{length:,}' for length in lengths)} iterations"
     counts = [subject.images for subject in pair if subject.images is not None]
     if counts and min(counts) < ENOUGH:
-        return f"; on {min(counts)} images, fewer than {ENOUGH}"
+        images = "1 image" if min(counts) == 1 else f"{min(counts)} images"
+        return f"; on {images}, fewer than {ENOUGH}"
     return "" if number.is_certain else f"; within twice its sampling error ({number.error:.3f})"
 
 
