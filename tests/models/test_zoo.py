@@ -47,6 +47,7 @@ def test_the_documentation_has_the_card(name):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.slow
 def test_the_test_error_is_the_cards(name, real_test):
     """On the first 1,000 of the images, within three standard errors; all of them are measured by
     the main job.

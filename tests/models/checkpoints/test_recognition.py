@@ -62,6 +62,7 @@ def test_the_network_is_recognised_among_those_with_the_same_tensors(true, tmp_p
 
 
 @pytest.mark.parametrize("padding", ["both", "after"])
+@pytest.mark.slow
 def test_shortcuts_with_average_pooling_are_recognised(padding, tmp_path):
     seen, images = blobs(600, seed=1), blobs(600, seed=2)
     config = Config("residual", 14, shortcut="pool", padding=padding)
@@ -72,6 +73,7 @@ def test_shortcuts_with_average_pooling_are_recognised(padding, tmp_path):
     assert found.warnings == []
 
 
+@pytest.mark.slow
 def test_between_a_good_fit_and_none_there_is_a_warning(tmp_path):
     """The case of the issue: mean 0.5 and std 0.25 passed as cifar10. Numbers of one's own fit."""
     seen, images = blobs(600, seed=1), blobs(600, seed=2)
@@ -133,6 +135,7 @@ def test_a_network_that_fits_nothing_is_reported(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_public_checkpoints(akamaster, real_test):
     candidates = [*PRESETS.values(), per_pixel(mean_image(real_test.images))]
     for depth, path in akamaster.items():
