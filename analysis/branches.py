@@ -4,52 +4,57 @@
     python -m analysis.branches hf:path/to/gpt2 --data text.txt --positions
     python -m analysis.branches timm:vit_tiny_patch16_224 --data folder/of/images --lesion 500
 
-finds the residual additions of each network by data flow (analysis.measuring.dataflow), measures
-them while the input runs through, and writes branches.csv, branches.json (where the numbers come
-from) and branches.png/.pdf into --out. It prints the ratio std(branch) / std(shortcut) by network,
-stage and kind of branch, and judges the paper's claim that an individual layer changes the signal
-less if there are more.
+finds the residual additions of each network by its data flow and measures them while the input
+runs through. It writes branches.csv, branches.json (where the numbers come from) and
+branches.png/.pdf into --out, and with --html a page, branches.html. It prints the ratio
+std(branch) / std(shortcut) by network, stage and kind of branch, and judges the paper's claim that
+an individual layer changes the signal less if there are more.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from itertools import combinations
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from analysis.cli.items import add_options, check_folder, check_options, positive
+from analysis.cli.command import run_command
+from analysis.cli.options import add_options, options_of, positive
 from analysis.cli.outputs import (
-    add_page_option,
+    add_output_options,
     as_csv,
     as_images,
     as_json,
-    as_page,
-    finish,
+    check_folder,
+    facts_of,
     write_files,
+    write_notes,
 )
-from analysis.cli.subjects import Subject, find_subjects
+from analysis.measuring.networks import Options, device_of
+from analysis.measuring.processes import leave, together
 from models.messages import does_not_run, is_out_of_memory, one_line
 
-if TYPE_CHECKING:  # torch and pandas are imported when they are needed: --help does without
+if TYPE_CHECKING:  # torch and pandas take seconds to import, and --help needs neither
     import pandas as pd
+
+    from analysis.cli.subjects import Subject
 
 LENGTH = 128  # tokens of a window of text
 CAPTION = "Std of each branch over std of its shortcut, and std of the stream after it"
-CLAIM = "an individual layer of a ResNet modifies the signal less when there are more"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Return the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.source != ["hooks"]:
         parser.error("--source batchnorm: additions are measured on input, not computed")
-    check_options(parser, args)
-    return finish(run, args)
+    options = options_of(parser, args)
+    return run_command(lambda: run(args, options), device=args.device, debug=args.debug)
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's options."""
     parser = argparse.ArgumentParser(
         prog="python -m analysis.branches",
         description="Measure how much each residual addition of a network changes the signal.",
@@ -62,7 +67,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="a shipped network such as resnet-20, a checkpoint, timm:NAME, or hf:NAME_OR_FOLDER",
     )
     add_options(parser, source="hooks")
-    add_page_option(parser)
     add("--batches", metavar="FILE.py:FUNCTION", help="returns the batches, for any other input")
     add("--length", type=positive, default=LENGTH, metavar="N", help="tokens of a window of text")
     add("--positions", action="store_true", help="measure norms and angles at each position, too")
@@ -72,90 +76,86 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="also measure what is lost on N inputs with labels if one branch is left out",
     )
+    add_output_options(parser)
     return parser
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measure, print and write. Raises ValueError or OSError, with what to do, for bad input."""
+def run(args: argparse.Namespace, options: Options) -> None:
+    """Measure, write and print. Raise ValueError or OSError for bad input."""
     import pandas as pd
 
+    from analysis.cli.subjects import find_subjects
+    from analysis.responses import print_claims
     from plots import draw_branches
+    from plots.page import make_page
 
-    check_folder(args.out)
-    frames, provenance, families, iterations = [], {}, {}, {}
-    for subject in find_subjects(args):
-        frame = measure_subject(args, subject)
-        if frame is None:
-            continue
-        frames.append(frame)
-        others = frame.attrs.pop("others")
-        provenance[subject.label] = subject.provenance | {"other_sums": others}
-        families[subject.label] = subject.family, tuple(frame["shape"].unique())
-        iterations[subject.label] = subject.iterations
-    if not frames:
+    with together():
+        check_folder(args.out)
+    leave()  # additions are measured by one process
+    measured: list[tuple[Subject, pd.DataFrame]] = []
+    for subject in find_subjects(args.items, options, batches=args.batches, length=args.length):
+        frame = measure_subject(subject, options, positions=args.positions, lesion=args.lesion)
+        if frame is not None:
+            others = {"other_sums": frame.attrs.pop("others")}
+            subject.provenance |= {"precision": options.precision} | others
+            measured.append((subject, frame))
+    if not measured:
         raise ValueError("none of the networks has a residual addition")
-    frame = pd.concat(frames, ignore_index=True)
-    files = {"branches.csv": as_csv(frame), "branches.json": as_json(provenance)}
+    frame = pd.concat([frame for _, frame in measured], ignore_index=True)
+    claim, table = judge_steps(measured), table_of(frame)
+    provenance = {subject.label: subject.provenance for subject, _ in measured}
     figure = draw_branches(frame)
+    write_notes([figure], dict.fromkeys(subject.note for subject, _ in measured if subject.note))
+    files = {"branches.csv": as_csv(frame), "branches.json": as_json(provenance)}
     files |= as_images("branches", figure, args.format)
     if args.html:
-        table = frame.rename(columns={"addition": "layer"})  # to which the figure's points refer
-        files |= as_page("branches", "Residual additions", [(CAPTION, figure)], table, provenance)
+        data = "; ".join(dict.fromkeys(subject.data for subject, _ in measured))
+        page = make_page(
+            "Residual additions",
+            [(CAPTION, figure)],
+            frame,
+            provenance,
+            summary=table,
+            verdicts=claim,
+            facts=facts_of(None) | {"data": data},
+        )
+        files["branches.html"] = page.encode()
     written = write_files(args.out, files)
-    print("\n" + table_of(frame).to_string(index=False))
-    print_claim(frame, families, iterations)
+    print("\n" + table.to_string(index=False))
+    print_claims(claim)
     print(written)
 
 
-def measure_subject(args: argparse.Namespace, subject: Subject) -> pd.DataFrame | None:
-    """Return the frame of a network; None, with a line, if it has no residual additions."""
+def measure_subject(
+    subject: Subject, options: Options, *, positions: bool, lesion: int | None
+) -> pd.DataFrame | None:
+    """Return the frame of a network. Print a line, and return None, if it has no additions."""
     from tqdm import tqdm
 
     from analysis.measuring.branch_measurement import NoAdditions, measure_branches
-
-    model = subject.model.to(device_of(args))
-    options: dict[str, Any] = {"forward": subject.forward, "mask": subject.mask}
-    options |= {"precision": args.precision, "positions": args.positions}
-    with tqdm(unit=" inputs", desc=subject.label, leave=False, disable=None) as bar:
-        try:
-            frame = measure_branches(
-                model, subject.batches(), network=subject.label, progress=bar.update, **options
-            )
-        except NoAdditions as reason:
-            print(one_line(reason))
-            return None
-        except ValueError as error:
-            raise ValueError(f"{subject.label}: {error}") from error
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            raise ValueError(f"{subject.label}: {does_not_run(error)}") from error
-    return add_lesion_columns(args, subject, frame) if args.lesion else frame
-
-
-def add_lesion_columns(
-    args: argparse.Namespace, subject: Subject, frame: pd.DataFrame
-) -> pd.DataFrame:
-    """Return the frame with the columns of --lesion."""
-    from tqdm import tqdm
-
     from analysis.measuring.lesion import add_lesions
 
-    options: dict[str, Any] = {"images": args.lesion, "forward": subject.forward}
-    words = f"{subject.label}, one branch left out"
-    with tqdm(unit=" passes", desc=words, leave=False, disable=None) as bar:
-        try:
-            return add_lesions(
-                frame, subject.model, subject.batches(), progress=bar.update, **options
-            )
-        except ValueError as error:
-            raise ValueError(f"{subject.label}: {error}") from error
-
-
-def device_of(args: argparse.Namespace) -> str:
-    import torch
-
-    return "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    model, label, forward = subject.model.to(device_of(options)), subject.label, subject.forward
+    how: dict[str, Any] = {"precision": options.precision, "positions": positions}
+    how |= {"network": label, "forward": forward, "mask": subject.mask}
+    try:
+        with tqdm(unit=" inputs", desc=label, leave=False, disable=None) as bar:
+            frame = measure_branches(model, subject.batches(), progress=bar.update, **how)
+        if lesion is None:
+            return frame
+        words = f"{label}, one branch left out"
+        with tqdm(unit=" passes", desc=words, leave=False, disable=None) as bar:
+            more: dict[str, Any] = {"forward": forward, "progress": bar.update}
+            return add_lesions(frame, model, subject.batches(), images=lesion, **more)
+    except NoAdditions as reason:
+        print(one_line(reason))
+        return None
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from error
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"{label}: {does_not_run(error)}") from error
 
 
 def table_of(frame: pd.DataFrame) -> pd.DataFrame:
@@ -179,34 +179,35 @@ def table_of(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def print_claim(
-    frame: pd.DataFrame, families: dict[str, tuple[Any, ...]], iterations: dict[str, int | None]
-) -> None:
-    """Judge the claim on any two networks of one family and different depth.
+def judge_steps(measured: Sequence[tuple[Subject, pd.DataFrame]]) -> pd.DataFrame:
+    """Judge the paper's claim about additions, in each family of networks; see `paper.judge`.
 
-    Networks that were trained for different numbers of iterations are shown, but not judged.
+    A family has one class of network and one sequence of shapes. Its members differ in their number
+    of additions, which stands for the depth.
     """
-    ratios = {str(name): part["ratio"] for name, part in frame.groupby("network", sort=False)}
-    lines = []
-    for first, second in combinations(ratios, 2):
-        shallow, deep = sorted((first, second), key=lambda name: len(ratios[name]))
-        same = families[first] == families[second]
-        if not same or len(ratios[shallow]) == len(ratios[deep]):
-            continue
-        less = ratios[deep].median() < ratios[shallow].median()
-        known = iterations[deep], iterations[shallow]
-        unequal = None not in known and known[0] != known[1]
-        lines.append(
-            f"    {'?' if unequal else '+' if less else '-'} a branch has "
-            f"{ratios[deep].median():.3f} times the std of its shortcut in {deep}, "
-            f"{ratios[shallow].median():.3f} times in {shallow} (medians over additions)"
-            + (f"; after {known[0]:,} and {known[1]:,} iterations" if unequal else "")
+    import pandas as pd
+
+    from analysis import paper
+    from analysis.measuring.result import unwrapped
+
+    families: dict[tuple[object, ...], list[paper.Subject]] = {}
+    for subject, frame in measured:
+        key = (type(unwrapped(subject.model)), *frame["shape"].unique())
+        member = paper.Subject(
+            label=subject.label,
+            kind="residual",
+            depth=len(frame),
+            widths=frozenset(),
+            std=frame["after_std"].to_numpy(float),
+            ratio=frame["ratio"].to_numpy(float),
+            images=int(frame["images"].iloc[0]),
+            iterations=subject.iterations,
         )
-    marks = {line.strip()[0] for line in lines} - {"?"}
-    words = {"+": "holds", "-": "does not hold"}
-    verdict = "holds in part" if len(marks) > 1 else words[marks.pop()] if marks else None
-    print(f"\n{CLAIM}: {verdict or 'cannot be judged here'}")
-    print("\n".join(lines) or "    ? no two networks of one family and different depth")
+        families.setdefault(key, []).append(member)
+    claims = pd.concat([paper.judge(members) for members in families.values()], ignore_index=True)
+    claim = claims[claims["statement"] == paper.CLAIMS[2]]
+    found = claim[claim["networks"] != ""]
+    return claim.head(1) if found.empty else found
 
 
 if __name__ == "__main__":

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.cli.hubs import PREFIXES, HubNetwork
-from analysis.cli.items import check_label, find_network, trained
-from analysis.cli.outputs import versions
+from analysis.cli.hubs import (
+    PREFIXES,
+    HubNetwork,
+    image_batches,
+    load_hub,
+    ordinary_tokens,
+    run_text,
+    text_batches,
+)
+from analysis.cli.items import check_label, find_cifar10, find_item, open_networks
+from analysis.cli.outputs import command_line, provenance_of, versions
+from analysis.measuring.networks import Measured, Network, Options, make_batches, normalised
 
-if TYPE_CHECKING:  # torch is imported when it is needed: --help does without
+if TYPE_CHECKING:  # torch and pandas take seconds to import, and --help needs neither
     from torch import Tensor, nn
 
-IMAGES = 1000  # images, or windows of text, if --images does not say
+    from models.data import ImageSet
+
+HUB_INPUTS = 1000  # images or windows of text for a network of a hub, if --images does not say
 
 
 @dataclass
 class Subject:
-    """A network to measure and its input.
+    """A network to measure, and its input.
 
     batches: makes the batches, as often as it is called.
-    family: networks of one family, of different depth, are compared.
+    provenance: where the network and its input come from.
+    data: its input, in words. note: what has to stand under its figure.
+    forward, mask: as for `measure_branches`.
     iterations: how long it was trained, if that is known.
     """
 
@@ -31,122 +43,135 @@ class Subject:
     model: nn.Module
     batches: Callable[[], Iterable[Any]]
     provenance: dict[str, Any]
+    data: str
+    note: str = ""
     forward: Callable[[nn.Module, Any], Any] | None = None
     mask: Callable[[Any], Tensor] | None = None
-    family: str = ""
     iterations: int | None = None
 
 
-def find_subjects(args: argparse.Namespace) -> Iterator[Subject]:
-    """Load each item and find its input, and say on stdout what both are."""
-    from analysis.cli.hubs import load_hub
+def find_subjects(
+    items: Sequence[str], options: Options, *, batches: str | None = None, length: int
+) -> Iterator[Subject]:
+    """Load each item and find its input. Print what both are.
 
-    given = None if args.batches is None else load_batches(args.batches)
+    batches: `FILE.py:FUNCTION` that returns the batches of every network, or None.
+    length: tokens of a window of text.
+
+    Raises ValueError or OSError, with what to do, for bad input.
+    """
+    given = None if batches is None else load_batches(batches)
+    files = [find_item(item) for item in items if split_hub(item) is None]
+    wanted = options if given is None else replace(options, sources=("batchnorm",))  # no images
+    networks, images = open_networks(files, wanted) if files else ([], None)
+    own = iter(networks)
+    note = note_of(images, networks)
     taken: set[str] = set()
-    for item in args.items:
-        label, equals, rest = item.partition("=")
-        name = rest if equals and rest.startswith(PREFIXES) else item
-        if name.startswith(PREFIXES):
-            network = load_hub(name)
-            subject = hub_subject(args, network, label if name is rest else network.name, given)
+    for item in items:
+        found = split_hub(item)
+        if found is None:
+            subject = own_subject(next(own), images, options)
+            subject.note = note
         else:
-            subject = own_subject(args, item, given)
+            hub = load_hub(found[1])
+            subject = hub_subject(hub, found[0] or hub.name, options, length, given is None)
+        if given is not None:
+            subject.batches, subject.data = given, f"batches of {batches}"
+            subject.provenance["data"] = batches
         if check_label(subject.label) in taken:
             raise ValueError(f"two networks are called {subject.label}: name them, LABEL=ITEM")
         taken.add(subject.label)
-        subject.provenance["versions"] = versions()
         yield subject
 
 
-def load_batches(words: str) -> Callable[[], Iterable[Any]]:
+def split_hub(item: str) -> tuple[str | None, str] | None:
+    """Split `[LABEL=]timm:NAME` and the like; None for an item that is no network of a hub."""
+    label, equals, rest = item.partition("=")
+    if equals and rest.startswith(PREFIXES):
+        return label, rest
+    return (None, item) if item.startswith(PREFIXES) else None
+
+
+def load_batches(spec: str) -> Callable[[], Iterable[Any]]:
     """Return the function that --batches names."""
     from models.checkpoints.custom import import_place, user_modules
 
-    place, _, name = words.rpartition(":")
+    place, _, name = spec.rpartition(":")
     folder = Path(place).resolve().parent if place.endswith(".py") else Path.cwd()
     try:
         with user_modules(folder):
-            function = getattr(import_place(words, place), name, None) if place else None
+            function = getattr(import_place(spec, place), name, None) if place else None
     except ValueError as error:
         raise ValueError(str(error).replace("--model", "--batches")) from error
     if not callable(function):
-        raise ValueError(
-            f"--batches {words}: not FILE.py:FUNCTION, a function that returns batches"
-        )
+        raise ValueError(f"--batches {spec}: not FILE.py:FUNCTION, a function that returns batches")
     made: Callable[[], Iterable[Any]] = function
     return made
 
 
-def hub_subject(
-    args: argparse.Namespace,
-    network: HubNetwork,
-    label: str,
-    given: Callable[[], Iterable[Any]] | None,
-) -> Subject:
-    """Return a network of timm or transformers with its input."""
-    from analysis.cli.hubs import image_batches, ordinary_tokens, run_text, text_batches
-    from analysis.cli.items import find_cifar10
+def own_subject(network: Network, images: ImageSet | None, options: Options) -> Subject:
+    """Return a shipped network or a checkpoint; its input is images, if there are some."""
+    import pandas as pd
 
-    print(f"{label}: network {type(network.model).__name__} ({network.known})")
-    provenance: dict[str, Any] = {"network": network.known}
-    subject = Subject(label, network.model, lambda: (), provenance, family=family_of(network.model))
-    if given is not None:
-        subject.batches, provenance["data"] = given, args.batches
-    elif network.tokenizer is not None:
-        if args.data is None or not args.data.is_file():
-            raise ValueError(f"{label}: it takes text: name a text file with --data")
-        count = args.images or IMAGES
-        subject.batches = lambda: text_batches(
-            network, args.data, args.length, count, args.batch_size
-        )
-        subject.forward, subject.mask = run_text, ordinary_tokens
-        provenance["data"] = {"text": str(args.data), "length": args.length}
-        print(f"{label}: windows of {args.length} tokens of {args.data}, special tokens left out")
-    else:
-        data = find_cifar10(args, set())
-        if data is None:
-            raise ValueError(f"{label}: no images: name a folder of them with --data")
-        some = data.some(args.images or min(IMAGES, len(data)))
-        subject.batches = lambda: image_batches(network, some, args.batch_size)
-        provenance["data"] = data.provenance()
-        print(f"{data.describe()}; measured on {len(some)} of them")
-    return subject
-
-
-def own_subject(
-    args: argparse.Namespace, item: str, given: Callable[[], Iterable[Any]] | None
-) -> Subject:
-    """Return a shipped network or a checkpoint with its input."""
-    from analysis.cli.items import prepare
-    from analysis.measuring.networks import make_batches
-
-    source = ["hooks"] if given is None else ["batchnorm"]
-    options = argparse.Namespace(**vars(args) | {"source": source})
-    plan = prepare(options, [find_network(item)])
-    [network] = plan.networks
     checkpoint = network.checkpoint
     if checkpoint.model is None:
         raise ValueError(f"{checkpoint.path}: an unknown network: build it with --model")
-    provenance: dict[str, Any] = {
-        "checkpoint": {"path": str(checkpoint.path), "sha256": checkpoint.digest},
-        "network": checkpoint.how["kind"],
-    }
-    subject = Subject(network.label, checkpoint.model, lambda: (), provenance)
-    subject.family, subject.iterations = family_of(checkpoint.model), trained(checkpoint)
-    if given is not None:
-        subject.batches, provenance["data"] = given, args.batches
-        return subject
-    assert plan.data is not None  # with hooks, missing images are an error
-    some = plan.data.some(args.images or min(IMAGES, len(plan.data)))
-    subject.batches = lambda: (
-        batches[0] for batches in make_batches(options, some, [network], 0, len(some))
-    )
-    provenance["data"] = plan.data.provenance() | {"images": len(some)}
+    measured = Measured(network, pd.DataFrame({"source": ["hooks"]}))
+    provenance = provenance_of(measured, None, options).to_json()
+    subject = Subject(network.label, checkpoint.model, lambda: (), provenance, "")
+    subject.iterations = checkpoint.iterations
+    if images is not None and checkpoint.preprocessing is not None:
+        subject.batches = lambda: (
+            normalised(network, *batch) for batch in make_batches(images, 0, len(images), options)
+        )
+        subject.data = images.describe()
+        provenance["preprocessing"] = {
+            "name": checkpoint.preprocessing.name,
+            "known": checkpoint.how_preprocessing(),
+        }
+        provenance["data"] = images.provenance() | {"images": len(images)}
     return subject
 
 
-def family_of(model: nn.Module) -> str:
-    """Return what the networks of one family have in common, beside the shapes of their streams."""
-    from analysis.measuring.measurement import unwrapped
+def hub_subject(
+    network: HubNetwork, label: str, options: Options, length: int, needs_input: bool
+) -> Subject:
+    """Return a network of timm or transformers; its input is text or images, if it needs some."""
+    from models.data.probe import Probe
 
-    return type(unwrapped(model)).__name__
+    print(f"{label}: network {type(network.model).__name__} ({network.known})")
+    provenance: dict[str, Any] = {"network": network.known, "versions": versions()}
+    provenance["command"] = command_line()
+    subject = Subject(label, network.model, lambda: (), provenance, "")
+    if not needs_input:
+        return subject
+    path, count, size = options.data, options.images or HUB_INPUTS, options.batch_size
+    if network.tokenizer is not None:
+        if path is None or not path.is_file():
+            raise ValueError(f"{label}: it takes text: name a text file with --data")
+        subject.batches = lambda: text_batches(network, path, length, count, size)
+        subject.forward, subject.mask = run_text, ordinary_tokens
+        subject.data = f"windows of {length} tokens of {path}, special tokens left out"
+        provenance["data"] = {"text": str(path), "length": length}
+        print(f"{label}: {subject.data}")
+        return subject
+    images = find_cifar10(options, set())
+    if images is None:
+        raise ValueError(f"{label}: no images: name a folder of them with --data")
+    some = images if isinstance(images, Probe) else images.some(count)
+    subject.batches = lambda: image_batches(network, some, size)
+    subject.data, subject.note = some.describe(), note_of(some, [])
+    provenance["data"] = some.provenance() | {"images": len(some)}
+    print(f"{label}: {subject.data}")
+    return subject
+
+
+def note_of(images: ImageSet | None, networks: Sequence[Network]) -> str:
+    """Return which images these are, if they are not all of the real ones."""
+    from models.data.probe import Probe
+
+    if isinstance(images, Probe):
+        return images.note_for([network.checkpoint.digest for network in networks])
+    if images is not None and len(images) < images.total:
+        return f"measured on {len(images):,} of {images.total:,} images"
+    return ""

@@ -34,17 +34,8 @@ def batches(tmp_path):
 
 def test_from_arguments_to_files(batches, tmp_path, capsys):
     items = ["resnet-20", "resnet-56", "plain-20"]
-    options = [
-        "--batches",
-        batches,
-        "--positions",
-        "--html",
-        "--format",
-        "png",
-        "--out",
-        str(tmp_path),
-    ]
-    assert main([*items, *options]) == 0
+    options = ["--batches", batches, "--positions", "--html", "--format", "png"]
+    assert main([*items, *options, "--out", str(tmp_path)]) == 0
     frame = pd.read_csv(tmp_path / "branches.csv")
     assert frame["network"].value_counts(sort=False).to_dict() == {"resnet-20": 9, "resnet-56": 27}
     assert frame["images"].unique() == [64]
@@ -53,18 +44,33 @@ def test_from_arguments_to_files(batches, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "plain-20: no residual additions; no sum of two tensors" in output
     [line] = [line for line in output.splitlines() if "times the std of its shortcut" in line]
-    sign = "+" if medians["resnet-56"] < medians["resnet-20"] else "-"
-    words = (
-        f"{sign} a branch has {medians['resnet-56']:.3f} times the std of its shortcut in resnet-56"
+    deep, shallow = (f"{medians[name]:.3f} times" for name in ("resnet-56", "resnet-20"))
+    assert line.strip() == (
+        f"? a block's branch has {deep} the std of its shortcut in resnet-56, {shallow} in "
+        "resnet-20 (medians over blocks); on 64 images, fewer than 200"
     )
-    assert line.strip().startswith(words)
     document = json.loads((tmp_path / "branches.json").read_text())
     assert list(document) == ["resnet-20", "resnet-56"]
     assert document["resnet-20"]["data"] == batches
     assert (tmp_path / "branches.png").stat().st_size > 1000
     page = (tmp_path / "branches.html").read_text()
-    assert page.count("<tr data-network") == 36
-    assert page.count('data-points="') == 4  # two networks in two panels
+    assert page.count("<td>convolution</td>") == 36
+    assert page.count("<li data-verdict=") == 1
+    assert f"batches of {batches}" in page
+
+
+def test_images_and_the_verdict(shared_cifar10, tmp_path, capsys):
+    options = ["--data", str(shared_cifar10), "--images", "200", "--format", "png"]
+    assert main(["resnet-20", "resnet-56", *options, "--out", str(tmp_path)]) == 0
+    frame = pd.read_csv(tmp_path / "branches.csv")
+    assert frame["images"].unique() == [200]
+    medians = frame.groupby("network")["ratio"].median()
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    [line] = [line for line in lines if "times the std of its shortcut" in line]
+    assert line[0] == ("+" if medians["resnet-56"] < medians["resnet-20"] else "-")
+    document = json.loads((tmp_path / "branches.json").read_text())
+    assert document["resnet-20"]["data"]["images"] == 200
+    assert document["resnet-20"]["preprocessing"]["name"] == "per-pixel"
 
 
 def test_lesions(batches, tmp_path, capsys):
