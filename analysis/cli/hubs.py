@@ -7,15 +7,17 @@ how text is cut into tokens, is the network's own configuration.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # torch is imported when it is needed: --help does without
+if TYPE_CHECKING:  # torch takes seconds to import, and --help does not need it
     import numpy as np
     from torch import Tensor, nn
+
+    from models.data import ImageSet
 
 PREFIXES = ("timm:", "hf:")
 TEXT_BATCH, IMAGE_BATCH = 8, 16  # windows of tokens, and images, at a time
@@ -48,6 +50,7 @@ def load_hub(item: str) -> HubNetwork:
 
 
 def import_extra(package: str) -> Any:
+    """Import a package of an extra. Raise ValueError, with how to get it, if it is missing."""
     try:
         return import_module(package)
     except ImportError as error:
@@ -57,6 +60,7 @@ def import_extra(package: str) -> Any:
 
 
 def load_timm(name: str) -> HubNetwork:
+    """Load a network with weights of timm's cache, and with its own preprocessing."""
     timm = import_extra("timm")
     if name not in timm.list_models() and name not in timm.list_pretrained():
         raise ValueError(f"timm:{name}: timm {timm.__version__} has no network of this name")
@@ -165,8 +169,9 @@ def ordinary_tokens(batch: dict[str, Tensor]) -> Tensor:
 
 
 def image_batches(
-    network: HubNetwork, data: Any, size: int | None
-) -> Iterable[tuple[Any, Tensor] | Any]:
+    network: HubNetwork, data: ImageSet, size: int | None
+) -> Iterator[tuple[Any, Tensor] | Any]:
+    """Yield batches of images as the network takes them, with labels (n,) if these are known."""
     import torch
 
     assert network.images is not None
