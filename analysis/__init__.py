@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from analysis.measuring.branch_measurement import measure_branches
+    from analysis.additions.measurement import measure_branches
     from analysis.measuring.measurement import measure
     from analysis.measuring.recorder import Recorder
     from analysis.paper import paper_curves
@@ -25,7 +25,7 @@ _HOMES = {
     "Recorder": "analysis.measuring.recorder",
     "compare_frames": "analysis.statistics",
     "measure": "analysis.measuring.measurement",
-    "measure_branches": "analysis.measuring.branch_measurement",
+    "measure_branches": "analysis.additions.measurement",
     "paper_curves": "analysis.paper",
 }
 

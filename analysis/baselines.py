@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from analysis.measuring.batches import device_of, run
-from analysis.measuring.evaluation import evaluation
+from analysis.measuring.eval_mode import evaluation
 from analysis.measuring.measurement import PRECISIONS, measuring
 
 Batches = Iterable[Tensor]

@@ -30,7 +30,7 @@ from analysis.cli.command import run_command
 from analysis.cli.items import place_of
 from analysis.cli.options import PROBE, check_device, positive
 from analysis.cli.outputs import as_csv, as_images, check_folder, write_files
-from analysis.measuring.networks import FIRST, default_batch_size
+from analysis.running.networks import FIRST, default_batch_size
 
 if TYPE_CHECKING:  # torch and pandas take seconds to import, and --help needs neither
     import numpy as np
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure, print and write. Raise ValueError or OSError, with what to do, for bad input."""
     import pandas as pd
 
-    from analysis.measuring.evaluation import without_tf32
+    from analysis.measuring.eval_mode import without_tf32
     from plots.benchmark import draw_benchmark
 
     check_folder(args.out)

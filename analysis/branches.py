@@ -30,8 +30,8 @@ from analysis.cli.outputs import (
     write_files,
     write_notes,
 )
-from analysis.measuring.networks import Options, device_of
-from analysis.measuring.processes import leave, together
+from analysis.running.networks import Options, device_of
+from analysis.running.processes import leave, together
 from models.messages import does_not_run, is_out_of_memory, one_line
 
 if TYPE_CHECKING:  # torch and pandas take seconds to import, and --help needs neither
@@ -132,8 +132,8 @@ def measure_subject(
     """Return the frame of a network. Print a line, and return None, if it has no additions."""
     from tqdm import tqdm
 
-    from analysis.measuring.branch_measurement import NoAdditions, measure_branches
-    from analysis.measuring.lesion import add_lesions
+    from analysis.additions.lesion import add_lesions
+    from analysis.additions.measurement import NoAdditions, measure_branches
 
     model, label, forward = subject.model.to(device_of(options)), subject.label, subject.forward
     how: dict[str, Any] = {"precision": options.precision, "positions": positions}

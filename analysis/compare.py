@@ -32,12 +32,12 @@ from analysis.cli.outputs import (
     write_files,
     write_notes,
 )
-from analysis.measuring.processes import together
+from analysis.running.processes import together
 
 if TYPE_CHECKING:  # torch and pandas take seconds to import, and --help needs neither
     import pandas as pd
 
-    from analysis.measuring.networks import Options
+    from analysis.running.networks import Options
 
 CAPTIONS = (
     "Std of the layer responses, and what differs from the first",

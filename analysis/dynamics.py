@@ -36,13 +36,13 @@ from analysis.cli.outputs import (
     write_files,
     write_notes,
 )
-from analysis.measuring.networks import Measured, Options, measure_networks
-from analysis.measuring.processes import together
+from analysis.running.networks import Measured, Options, measure_networks
+from analysis.running.processes import together
 
 if TYPE_CHECKING:  # torch and pandas take seconds to import, and --help needs neither
     import pandas as pd
 
-    from analysis.measuring.steps import Snapshot
+    from analysis.running.steps import Snapshot
     from models.training.recipe import Recipe
 
 CONFIG, METRICS = "config.json", "metrics.csv"  # in the folder of a run of models.train
@@ -162,7 +162,7 @@ def measure_snapshots(
     """Return the frame of all checkpoints, where it comes from, and notes for the figure."""
     import pandas as pd
 
-    from analysis.measuring.steps import find_snapshots
+    from analysis.running.steps import find_snapshots
 
     with together():
         items = [args.items[0] / "snapshots", *args.items[1:]] if recipe else args.items

@@ -26,8 +26,8 @@ from analysis.cli.command import run_command
 from analysis.cli.items import find_item, open_networks, place_of
 from analysis.cli.options import CIFAR10, check_device, positive
 from analysis.cli.outputs import as_csv, as_images, check_folder, versions, write_files
-from analysis.measuring.computing import compute
-from analysis.measuring.networks import Network, Options, run_networks
+from analysis.running.computing import compute
+from analysis.running.networks import Network, Options, run_networks
 
 if TYPE_CHECKING:  # torch and pandas take seconds to import, and --help needs neither
     import numpy as np

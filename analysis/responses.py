@@ -31,14 +31,14 @@ from analysis.cli.outputs import (
     write_files,
     write_notes,
 )
-from analysis.measuring.networks import Options, measure_networks
-from analysis.measuring.processes import together
+from analysis.running.networks import Options, measure_networks
+from analysis.running.processes import together
 
 if TYPE_CHECKING:  # torch and pandas take seconds to import, and --help needs neither
     import pandas as pd
 
-    from analysis.measuring.networks import Measured, Network
     from analysis.paper import Subject
+    from analysis.running.networks import Measured, Network
 
 CAPTIONS = (
     "Std of the layer responses, in original order and sorted by magnitude",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TextIO
 
-from analysis.measuring.processes import joined
+from analysis.running.processes import joined
 from models.messages import is_out_of_memory, out_of_memory, report
 
 

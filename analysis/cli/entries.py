@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 from analysis.cli.frames import read_frames
 from analysis.cli.items import Item, check_label, find_item, open_networks, split_label
 from analysis.cli.outputs import provenance_of
-from analysis.measuring.networks import measure_networks
-from analysis.measuring.processes import leave, together
+from analysis.running.networks import measure_networks
+from analysis.running.processes import leave, together
 
 if TYPE_CHECKING:  # torch and pandas take seconds to import, and --help needs neither
     import pandas as pd
     from torch import Tensor
 
-    from analysis.measuring.networks import Measured, Options
+    from analysis.running.networks import Measured, Options
     from models.data import ImageSet
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis.cli.options import CIFAR10, PROBE
-from analysis.measuring.networks import Network, Options
-from analysis.measuring.processes import together
+from analysis.running.networks import Network, Options
+from analysis.running.processes import together
 from models.messages import is_plain
 
 if TYPE_CHECKING:  # torch and pandas take seconds to import, and --help needs neither

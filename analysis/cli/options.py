@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.measuring.networks import Options
-from analysis.measuring.processes import rank
+from analysis.running.networks import Options
+from analysis.running.processes import rank
 
 CIFAR10 = Path("cifar10")  # a value of --data: the real images or an error
 PROBE = Path("probe")  # a value of --data: the probe set

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # torch and pandas take seconds to import, and --help needs n
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from analysis.measuring.networks import Measured, Options
+    from analysis.running.networks import Measured, Options
     from models.data import ImageSet
 
 UNDATED = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}  # equal figures give equal bytes
@@ -238,7 +238,7 @@ def notes_of(images: ImageSet | None, results: Sequence[Measured]) -> list[str]:
 
 def missing_layers(results: Sequence[Measured]) -> list[str]:
     """Return lines that name the layers without a row, one for all networks that lack the same."""
-    from analysis.measuring.computing import list_names
+    from analysis.running.computing import list_names
     from plots.style import display_name
 
     labels: dict[tuple[str, ...], list[str]] = {}

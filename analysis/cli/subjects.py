@@ -18,7 +18,7 @@ from analysis.cli.hubs import (
 )
 from analysis.cli.items import check_label, find_cifar10, find_item, open_networks
 from analysis.cli.outputs import command_line, provenance_of, versions
-from analysis.measuring.networks import Measured, Network, Options, make_batches, normalised
+from analysis.running.networks import Measured, Network, Options, make_batches, normalised
 
 if TYPE_CHECKING:  # torch and pandas take seconds to import, and --help needs neither
     from torch import Tensor, nn

@@ -25,7 +25,7 @@ from torch.nn.modules import module as hooks_of_all
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._mode_utils import no_dispatch
 
-from analysis.measuring.evaluation import replace_forward, restoring
+from analysis.measuring.eval_mode import replace_forward, restoring
 from analysis.measuring.flow import Call, Doubt, why_unpaired
 from analysis.measuring.moments import FAR, TINY, Moments
 from analysis.measuring.pairs import Recording

@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from analysis.measuring.additions import AdditionRecord, recording_additions
+from analysis.additions.finding import AdditionRecord, recording_additions
 from analysis.measuring.batches import (
     compare_labels,
     count_images,
@@ -29,7 +29,7 @@ from analysis.measuring.batches import (
     run,
     tensors_in,
 )
-from analysis.measuring.evaluation import evaluation, restoring
+from analysis.measuring.eval_mode import evaluation, restoring
 from analysis.measuring.flow import Doubt
 from analysis.measuring.folding import Folding
 from analysis.measuring.pairs import Recording, list_reasons

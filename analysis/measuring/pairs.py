@@ -31,7 +31,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._mode_utils import no_dispatch
 
-from analysis.measuring.evaluation import qualified_names, reach, restoring
+from analysis.measuring.eval_mode import qualified_names, reach, restoring
 from analysis.measuring.flow import Call, Flow, Frame, why_unpaired
 from analysis.measuring.moments import Moments
 from analysis.measuring.norms import explain, is_norm

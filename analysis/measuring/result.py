@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from analysis.measuring.addition_moments import Addition
-from analysis.measuring.addition_moments import describe as describe_sums
-from analysis.measuring.evaluation import is_wrapper
+from analysis.additions.moments import Addition
+from analysis.additions.moments import describe as describe_sums
+from analysis.measuring.eval_mode import is_wrapper
 from analysis.measuring.frame import make_frame
 from analysis.measuring.pairs import Layer
 from models.resnet import config_of

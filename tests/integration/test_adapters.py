@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from analysis import Recorder
-from analysis.measuring.steps import find_snapshots
+from analysis.running.steps import find_snapshots
 from models import build, closed_form
 from models.data import cifar10
 from models.data.preprocessing import PRESETS

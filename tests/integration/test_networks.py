@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from analysis.measuring.additions import recording_additions
+from analysis.additions.finding import recording_additions
 
 pytestmark = [
     pytest.mark.integration,

@@ -12,7 +12,7 @@ from torch import nn
 import analysis
 from analysis.measuring import measurement as hooks
 from analysis.measuring.batches import compare_labels
-from analysis.measuring.evaluation import tf32_settings
+from analysis.measuring.eval_mode import tf32_settings
 from analysis.measuring.result import name_of
 from models import build, load
 from tests.conftest import ROOT

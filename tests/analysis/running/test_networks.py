@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import analysis
-from analysis.measuring.networks import default_batch_size, room
+from analysis.running.networks import default_batch_size, room
 from models import build
 from models.checkpoints import loading
 from models.data import cifar10
@@ -208,7 +208,7 @@ def test_bfloat16_comes_with_its_error(own_line, networks, out):
 
 def test_batch_sizes(monkeypatch):
     sizes = {"cpu": 2 * 2**20, "cuda": 2**30}
-    monkeypatch.setattr("analysis.measuring.networks.room", sizes.get)
+    monkeypatch.setattr("analysis.running.networks.room", sizes.get)
     assert [default_batch_size(side, "cpu") for side in (8, 32, 64, 224)] == [512, 32, 8, 8]
     assert [default_batch_size(side, "cuda") for side in (32, 224)] == [1024, 334]
 

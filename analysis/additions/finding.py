@@ -7,7 +7,7 @@
     frame = additions_frame(record.additions, network="resnet-56", images=1000)
 
 `analysis.measure_branches` does this and more in one call. The first pass finds the additions (the
-rules are in `analysis.measuring.dataflow`). Later passes only measure, and check that the same
+rules are in `analysis.additions.dataflow`). Later passes only measure, and check that the same
 additions run in the same modules. Operands are reduced as they are added, before an in-place
 operation overwrites them; nothing is stored.
 """
@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
-from analysis.measuring.addition_moments import Addition, AdditionMoments, moments_of
+from analysis.additions.dataflow import POINTWISE, Flow, Residual
+from analysis.additions.moments import Addition, AdditionMoments, moments_of
 from analysis.measuring.batches import tensors_in
-from analysis.measuring.dataflow import POINTWISE, Flow, Residual
-from analysis.measuring.evaluation import qualified_names, reach
+from analysis.measuring.eval_mode import qualified_names, reach
 
 SUMS = ("add", "add_", "sub", "sub_", "addcmul", "addcmul_")
 SHOWN = 8  # kinds of other sums that a message lists

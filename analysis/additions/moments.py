@@ -2,7 +2,7 @@
 
 The ratio std(branch) / std(shortcut) says how much an addition changes the signal. No column says
 how important a layer is: angles and cosines are a poor proxy for that (Hinostroza 2026); a lesion
-(`analysis.measuring.lesion`) measures it.
+(`analysis.additions.lesion`) measures it.
 """
 
 from __future__ import annotations

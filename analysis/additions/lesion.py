@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
-from analysis.measuring.additions import AdditionRecord, Sum, recording_additions
+from analysis.additions.finding import AdditionRecord, Sum, recording_additions
 from analysis.measuring.batches import count_images, labels_of, logits_of, run
-from analysis.measuring.evaluation import evaluation, replace_forward
+from analysis.measuring.eval_mode import evaluation, replace_forward
 
 Forward = Callable[[nn.Module, Any], Any]
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import analysis
-from analysis.measuring.lesion import add_lesions
+from analysis.additions.lesion import add_lesions
 from models import build
 
 

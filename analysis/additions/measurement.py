@@ -9,10 +9,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from analysis.measuring.addition_moments import additions_frame
-from analysis.measuring.additions import recording_additions
+from analysis.additions.finding import recording_additions
+from analysis.additions.moments import additions_frame
 from analysis.measuring.batches import count_images, device_of, run
-from analysis.measuring.evaluation import evaluation
+from analysis.measuring.eval_mode import evaluation
 from analysis.measuring.measurement import PRECISIONS
 from analysis.measuring.result import network_in
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from analysis.measuring.steps import find_snapshots
+from analysis.running.steps import find_snapshots
 from models import build, closed_form
 from models.checkpoints import loading
 from models.data.preprocessing import PRESETS

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from analysis.measuring.processes import count_processes, joined, part_of, rank
+from analysis.running.processes import count_processes, joined, part_of, rank
 from models import build
 from models.data.folder import ImageFolder
 from tests.helpers import (

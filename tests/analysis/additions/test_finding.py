@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import analysis
-from analysis.measuring.addition_moments import AdditionMoments, additions_frame
-from analysis.measuring.additions import recording_additions
+from analysis.additions.finding import recording_additions
+from analysis.additions.moments import AdditionMoments, additions_frame
 from analysis.measuring.measurement import measuring
 from models import build
 

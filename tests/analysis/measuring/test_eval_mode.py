@@ -13,8 +13,8 @@ from torch.nn.modules import module as hooks_of_all
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import analysis
-from analysis.measuring import evaluation as tested
-from analysis.measuring.evaluation import evaluation, tf32_settings, without_tf32
+from analysis.measuring import eval_mode as tested
+from analysis.measuring.eval_mode import evaluation, tf32_settings, without_tf32
 from analysis.measuring.measurement import measuring
 
 

@@ -4,7 +4,7 @@
     results[0].frame  # one row a layer and source
 
 All networks run on a batch of images before the next batch is read, so that images are read and
-decoded once. Each of several processes (analysis.measuring.processes) measures its own part.
+decoded once. Each of several processes (analysis.running.processes) measures its own part.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.measuring.computing import compute, report_missing
-from analysis.measuring.processes import count_processes, exchange, leave, part_of, rank, together
+from analysis.running.computing import compute, report_missing
+from analysis.running.processes import count_processes, exchange, leave, part_of, rank, together
 from models.messages import does_not_run, is_out_of_memory, out_of_memory
 
 if TYPE_CHECKING:  # torch and pandas take seconds to import, and --help needs neither

@@ -1,0 +1,1 @@
+"""Residual additions of any network: found by data flow, measured, left out."""

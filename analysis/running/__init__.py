@@ -1,0 +1,1 @@
+"""Run networks on images: from files to numbers, in one process or several."""
