@@ -65,7 +65,7 @@ def find_subjects(
     wanted = options if given is None else replace(options, sources=("batchnorm",))  # no images
     networks, images = open_networks(files, wanted) if files else ([], None)
     own = iter(networks)
-    note = note_of(images, networks)
+    note = note_of(images)
     taken: set[str] = set()
     for item in items:
         found = split_hub(item)
@@ -160,18 +160,18 @@ def hub_subject(
         raise ValueError(f"{label}: no images: name a folder of them with --data")
     some = images if isinstance(images, Probe) else images.some(count)
     subject.batches = lambda: image_batches(network, some, size)
-    subject.data, subject.note = some.describe(), note_of(some, [])
+    subject.data, subject.note = some.describe(), note_of(some)
     provenance["data"] = some.provenance() | {"images": len(some)}
     print(f"{label}: {subject.data}")
     return subject
 
 
-def note_of(images: ImageSet | None, networks: Sequence[Network]) -> str:
+def note_of(images: ImageSet | None) -> str:
     """Return which images these are, if they are not all of the real ones."""
     from models.data.probe import Probe
 
-    if isinstance(images, Probe):
-        return images.note_for([network.checkpoint.digest for network in networks])
+    if isinstance(images, Probe):  # the errors on its card are those of responses, not of ratios
+        return "measured on the probe set; how far its ratios are from the test set's is not known"
     if images is not None and len(images) < images.total:
         return f"measured on {len(images):,} of {images.total:,} images"
     return ""
