@@ -18,7 +18,7 @@ from models.files import replacing
 from models.resnet import OPTIONS, ResNet
 
 MEAN, STD = "preprocessing.mean", "preprocessing.std"  # tensors in our own files
-DIGEST = "layer-responses.sha256"  # in their metadata: of the card and the tensors
+DIGEST = "sha256"  # in their cards: of the rest of the card and of the tensors
 CARD = {**OPTIONS, "preprocessing": (*PRESETS, PER_PIXEL), "crop_padding": PADDINGS}
 OURS = {*CARD, "network", "depth", "classes", "training"}  # what a card of ours speaks of
 
@@ -44,16 +44,16 @@ def save(
         "crop_padding": crop_padding,
         "training": training,
     }
-    text = json.dumps(card)
+    card[DIGEST] = digest_of(card, tensors)
     with replacing(path) as temporary:
-        # not save_file, which has temporary files of its own that a killed process would leave
-        metadata = {"card": text, DIGEST: digest_of(text, tensors)}
-        temporary.write_bytes(serialise(tensors, metadata=metadata))
+        # not save_file, which has temporary files of its own that a killed process would leave;
+        # one entry of metadata, since safetensors writes several in random order
+        temporary.write_bytes(serialise(tensors, metadata={"card": json.dumps(card)}))
 
 
-def digest_of(card: str, tensors: dict[str, Tensor]) -> str:
+def digest_of(card: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     """Return the SHA-256 of a card and of tensors with their names, dtypes and shapes."""
-    digest = hashlib.sha256(card.encode())
+    digest = hashlib.sha256(json.dumps(card).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -65,17 +65,19 @@ def read_card(metadata: dict[str, str], tensors: dict[str, Tensor]) -> dict[str,
 
     Raises ValueError if a file of ours is damaged, as far as its digest or its card shows it.
     """
-    text = metadata.get("card", "{}")
-    if DIGEST in metadata and metadata[DIGEST] != digest_of(text, tensors):
-        raise Unreadable("damaged: its tensors or its card are not those that were saved")
     try:
-        card = json.loads(text)
+        card = json.loads(metadata.get("card", "{}"))
         json.dumps(card, allow_nan=False)
     except (ValueError, RecursionError) as error:
         if MEAN in tensors:
             raise Unreadable("damaged: its card cannot be read") from error
         return {}
-    return card if isinstance(card, dict) and OURS & card.keys() else {}
+    if not isinstance(card, dict) or not OURS & card.keys():
+        return {}
+    said = card.pop(DIGEST, None)
+    if said is not None and said != digest_of(card, tensors):
+        raise Unreadable("damaged: its tensors or its card are not those that were saved")
+    return card
 
 
 def check_card(card: dict[str, Any]) -> None:
