@@ -75,11 +75,13 @@ def write_untrained(folder):
 
 
 def change_card(path, old, new):
+    """Change the text of a card; version 0.1 wrote no digest into it."""
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in list(file.keys())}
         card = file.metadata()["card"]
     assert old in card
-    save_file(tensors, path, metadata={"card": card.replace(old, new)})
+    card = re.sub(r', "sha256": "\w+"', "", card.replace(old, new))
+    save_file(tensors, path, metadata={"card": card})
 
 
 # What is measured, printed and written
