@@ -1,4 +1,4 @@
-"""Frames that were written earlier: the networks in a responses.csv."""
+"""Read the frames that an earlier command wrote: the networks in a responses.csv."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation mode for as long as a block lasts, and everything as it was afterwards.
+"""Put a network into evaluation mode inside a block, and restore it afterwards.
 
     with evaluation(model):
         logits = model(images)
